@@ -1,0 +1,76 @@
+# Every target sets up all that it needs in a virtual environment: Python >= 3.10, make and a C++ compiler suffice.
+#   make demo        train and time a small model with and without the kernels   (DEMO_ARGS=--quick: in short)
+#   make test        the test suite                                              (TEST_ARGS="-k dropout -x")
+#   make dev         everything a developer needs, and compile_commands.json
+#   make lint        formatters and linters, changing nothing;  make format: let them change files
+#   make bench       the benchmarks                                              (BENCH_ARGS=...)
+#   make sanitize    the quicker tests under the address and undefined-behaviour sanitizers
+#   make clean       removes what was built; the virtual environment stays
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.11,<2.14
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check
+# A Python that has a torch lends it to the virtual environment, so that nothing large is downloaded.
+LEND = $(shell $(PYTHON) -c 'import sys, torch; print("--system-site-packages" * (sys.prefix == sys.base_prefix))' 2>/dev/null)
+
+demo: $(VENV)/demo.stamp build
+	$(BIN)/python -m tformer_ext demo $(DEMO_ARGS)
+
+test: $(VENV)/test.stamp build
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: $(VENV)/demo.stamp build
+	$(BIN)/python -m tformer_ext bench $(BENCH_ARGS)
+
+dev: $(VENV)/test.stamp $(VENV)/demo.stamp $(VENV)/dev.stamp build
+	$(BIN)/ninja -C "$$(ls -td build/cpython-*/ | head -n 1)" -t compdb > compile_commands.json
+
+LINTED_CPP = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(LINTED_CPP)
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(LINTED_CPP)
+
+# In a copy of the tree, so that the build in use is not touched. Runs on the copy's own objects, kept between runs.
+sanitize: $(VENV)/test.stamp
+	mkdir -p build/sanitize
+	cd build/sanitize && rm -rf csrc tformer_ext tests
+	cp -a setup.py pyproject.toml csrc tformer_ext tests build/sanitize
+	rm -f build/sanitize/tformer_ext/*.so
+	cd build/sanitize && TFORMER_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  $(abspath $(BIN))/python -m pytest -m "not slow" --ignore tests/test_build.py --ignore tests/test_style.py $(TEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info tformer_ext/*.so compile_commands.json .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Compiles what changed, into the source tree, where the editable installation finds it.
+build: $(VENV)/torch.stamp
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# torch comes first and alone: what depends on it would otherwise bring the newest, with gigabytes of CUDA.
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(LEND) $(VENV)
+	$(PIP) "pip>=23"
+	$(PIP) "$(TORCH)"
+	$(PIP) "setuptools>=77" pybind11 ninja
+	touch $@
+
+# One stamp per extra of pyproject.toml; the first one made also installs the package itself, editable.
+$(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) --no-build-isolation --editable ".[$*]"
+	touch $@
+
+.PHONY: demo test bench dev lint format sanitize clean build
+.NOTPARALLEL:

@@ -1,0 +1,51 @@
+// The CPU kernels of one instruction set as a table of function pointers, and the choice between tables.
+//
+// cpu/kernels/kernels.cpp is compiled once per instruction set ("ISA"), each time in a namespace of its own,
+// and exports one table. Nothing else of those objects is visible, so code compiled for an ISA that this CPU
+// lacks can only be reached through a table that is never chosen.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace tformer {
+
+struct AttentionParams;
+struct AttentionTask;
+struct NormParams;
+
+// Every *_scratch function gives the bytes that one thread's `scratch` must hold for these parameters.
+struct CpuKernels {
+  const char* name;
+  int vector_bytes;
+
+  void (*attention_forward)(const AttentionParams&, const AttentionTask&, void* scratch);
+  size_t (*attention_forward_scratch)(const AttentionParams&, const AttentionTask&);
+  // delta of one (batch, head) and, where there are sinks, its part of their gradient
+  void (*attention_delta)(const AttentionParams&, int64_t b, int64_t h, double* delta, double* grad_sink);
+  void (*attention_backward)(const AttentionParams&, const AttentionTask&, void* scratch);
+  size_t (*attention_backward_scratch)(const AttentionParams&, const AttentionTask&);
+
+  void (*norm_forward)(const NormParams&, int64_t row_begin, int64_t row_end, void* scratch);
+  void (*norm_backward)(const NormParams&, int64_t chunk, void* scratch);
+  size_t (*norm_scratch)(const NormParams&);
+};
+
+// The table in force. An op reads it once per call, so a change of ISA never splits a call.
+const CpuKernels& cpu_kernels();
+
+// Names, least capable first: what this binary contains, and what of it this CPU can run.
+std::vector<std::string> built_cpu_isas();
+std::vector<std::string> supported_cpu_isas();
+
+// Chooses an ISA for the calls that follow, in any thread. Throws std::invalid_argument, listing the
+// supported ones, for a name that is unknown, not built or not supported by this CPU; the message begins
+// with `source`.
+void set_cpu_isa(const std::string& name, const std::string& source = "set_cpu_isa");
+
+// Chooses the ISA named by the environment variable TFORMER_CPU_ISA, or else the most capable supported one.
+void set_cpu_isa_from_environment();
+
+}  // namespace tformer

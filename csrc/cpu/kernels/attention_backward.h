@@ -1,0 +1,315 @@
+// Gradients of attention_forward.h from the saved log-sum-exp (Dao et al. 2022, section 3.1 and appendix B):
+//   p = exp(score - lse), dv = pT do, dp = do vT, ds = p (dp - delta), dq = scale ds k, dk = scale dsT q.
+// Blocks of keys outermost, blocks of queries inside, both ascending. A task may cover any rectangle and may leave out
+// dq, or dk and dv: every sum still runs in the same order, so the split over threads does not show in a single bit.
+#pragma once
+
+#include "scores.h"
+#include "scratch.h"
+
+namespace tformer::TFORMER_ISA {
+namespace {
+
+// Rows of one block: two kQueryBlock x kKeyBlock tiles stay in cache between the five products.
+constexpr int64_t kQueryBlock = 96;
+
+template <class T>
+struct AttentionBackward {
+  using P = Pack<T>;
+  using Real = typename P::Real;
+  using Group = typename P::Group;
+  static constexpr int L = kLanes<Real>;
+
+  const AttentionParams& p;
+  const int64_t groups, v_groups;      // steps of a sum over D, over Dv
+  const int64_t q_columns, v_columns;  // D and Dv in whole vectors
+  const int64_t q_row, v_row;          // groups of a packed row of q, of do
+  int64_t q_count, k_count;            // padded rows and keys of the task
+
+  // Operands by the letters of the formulas; _t: transposed panels, _down: summed down the rows.
+  Group *k_t, *v_t, *k_down, *q_along, *do_along, *q_down, *do_down;
+  Real *s, *dp, *cap, *dq, *dk, *dv;
+  Group *p_down, *ds_down, *ds_along;
+  Real *lse, *delta;
+  uint8_t *hidden, *q_finite;
+  size_t bytes;
+
+  AttentionBackward(const AttentionParams& params, const AttentionTask& t, Scratch scratch)
+      : p(params),
+        groups((p.D + P::kStep - 1) / P::kStep),
+        v_groups((p.Dv + P::kStep - 1) / P::kStep),
+        q_columns(round_up(p.D, L)),
+        v_columns(round_up(p.Dv, L)),
+        q_row(row_groups<P>(p.D)),
+        v_row(row_groups<P>(p.Dv)),
+        q_count(round_up(t.q_end - t.q_begin, P::kStep)),
+        k_count(round_up(t.k_end - t.k_begin, kKeyBlock)) {
+    k_t = scratch.take<Group>(kKeyBlock * groups);
+    v_t = scratch.take<Group>(kKeyBlock * v_groups);
+    k_down = scratch.take<Group>(kKeyBlock / P::kStep * q_columns);
+    q_along = scratch.take<Group>(q_count * q_row);
+    do_along = scratch.take<Group>(q_count * v_row);
+    q_down = P::kStep == 1 ? q_along : scratch.take<Group>(q_count / P::kStep * q_columns);
+    do_down = P::kStep == 1 ? do_along : scratch.take<Group>(q_count / P::kStep * v_columns);
+    s = scratch.take<Real>(kQueryBlock * kKeyBlock);
+    dp = scratch.take<Real>(kQueryBlock * kKeyBlock);
+    cap = scratch.take<Real>(kKeyBlock);
+    constexpr int64_t kTile = kQueryBlock * kKeyBlock / P::kStep;
+    p_down = P::kStep == 1 ? reinterpret_cast<Group*>(s) : scratch.take<Group>(kTile);
+    ds_down = P::kStep == 1 ? reinterpret_cast<Group*>(dp) : scratch.take<Group>(kTile);
+    ds_along = P::kStep == 1 ? reinterpret_cast<Group*>(dp) : scratch.take<Group>(kTile);
+    dq = t.want_dq ? scratch.take<Real>(q_count * q_columns) : nullptr;
+    dk = t.want_dkv ? scratch.take<Real>(k_count * q_columns) : nullptr;
+    dv = t.want_dkv ? scratch.take<Real>(k_count * v_columns) : nullptr;
+    lse = scratch.take<Real>(q_count);
+    delta = scratch.take<Real>(q_count);
+    hidden = scratch.take<uint8_t>(kQueryBlock * kKeyBlock);
+    q_finite = scratch.take<uint8_t>(q_count / kQueryBlock + 1);
+    bytes = scratch.used();
+  }
+
+  void run(const AttentionTask& t) {
+    const int64_t group = p.Hq / p.Hk;
+    for (int64_t b = t.b_begin; b < t.b_end; ++b) {
+      const Sequence seq = sequence_of(p, b);
+      for (int64_t h = t.h_begin; h < t.h_end; ++h) {
+        if (t.want_dkv && (h == t.h_begin || h % group == 0)) {
+          zero(dk, k_count * q_columns);
+          zero(dv, k_count * v_columns);
+        }
+        run_head(t, seq, b, h);
+        if (t.want_dkv && (h + 1 == t.h_end || (h + 1) % group == 0)) write_dkv(t, b, h / group, seq);
+      }
+    }
+  }
+
+ private:
+  template <class V>
+  V* row_of(const Rows& r, int64_t b, int64_t h, int64_t i) const {
+    return static_cast<V*>(r.data) + b * r.stride[0] + h * r.stride[1] + i * r.stride[2];
+  }
+
+  static void zero(Real* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
+  }
+
+  void run_head(const AttentionTask& t, const Sequence& seq, int64_t b, int64_t h) {
+    const int64_t q_end = t.q_end < seq.Sq ? t.q_end : seq.Sq;
+    const int64_t k_end = t.k_end < seq.Sk ? t.k_end : seq.Sk;
+    if (t.q_begin >= q_end) return;
+    pack_queries(seq, b, h, t.q_begin, q_end);
+    if (t.want_dq) zero(dq, q_count * q_columns);
+    const Scores<Real> scores(p, seq, b, h);
+    for (int64_t key0 = t.k_begin; key0 < k_end; key0 += kKeyBlock) {
+      const int64_t keys = k_end - key0 < kKeyBlock ? k_end - key0 : kKeyBlock;
+      bool packed = false, k_finite = true;
+      for (int64_t i = t.q_begin; i < q_end; i += kQueryBlock) {
+        const int64_t rows = q_end - i < kQueryBlock ? q_end - i : kQueryBlock;
+        if (!scores.any_visible(i, i + rows, key0, key0 + keys)) continue;
+        if (!packed) k_finite = pack_keys(seq, b, h, key0, keys);
+        packed = true;
+        const bool finite = k_finite && q_finite[(i - t.q_begin) / kQueryBlock];
+        run_block(t, scores, b, h, i, rows, key0, keys, finite);
+      }
+    }
+    if (t.want_dq) write(dq, q_columns, p.grad_q, b, h, seq.q_begin + t.q_begin, q_end - t.q_begin, p.D);
+  }
+
+  void pack_queries(const Sequence& seq, int64_t b, int64_t h, int64_t i0, int64_t i1) {
+    const int64_t count = i1 - i0, padded = round_up(count, P::kStep);
+    const T* q = row_of<const T>(p.q, b, h, seq.q_begin + i0);
+    const T* go = row_of<const T>(p.grad_o, b, h, seq.q_begin + i0);
+    const int64_t q_stride = p.q.stride[2], go_stride = p.grad_o.stride[2];
+    pack_along_row<P>(q, q_stride, count, padded, p.D, q_along);
+    pack_along_row<P>(go, go_stride, count, padded, p.Dv, do_along);
+    if (P::kStep != 1) {
+      pack_down_rows<P>(q, q_stride, count, padded, p.D, q_down);
+      pack_down_rows<P>(go, go_stride, count, padded, p.Dv, do_down);
+    }
+    const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin + i0;
+    for (int64_t i = 0; i < count; i += kQueryBlock) q_finite[i / kQueryBlock] = 1;
+    for (int64_t i = 0; i < count; ++i) {
+      q_finite[i / kQueryBlock] &=
+          row_is_finite(q + i * q_stride, p.D) && row_is_finite(go + i * go_stride, p.Dv);
+      const Real x = static_cast<const Real*>(p.lse)[at + i];
+      lse[i] =
+          x == -kInfinity<Real> ? Real(0) : static_cast<Real>(x * kLog2e);  // a dead row has only -inf scores
+      delta[i] = static_cast<Real>(p.delta[at + i]);
+    }
+  }
+
+  bool pack_keys(const Sequence& seq, int64_t b, int64_t h, int64_t key0, int64_t keys) {
+    const int64_t kv_head = h / (p.Hq / p.Hk);
+    const T* k = row_of<const T>(p.k, b, kv_head, seq.k_begin + key0);
+    const T* v = row_of<const T>(p.v, b, kv_head, seq.k_begin + key0);
+    pack_transposed<P>(k, p.k.stride[2], keys, kKeyBlock, p.D, k_t);
+    pack_transposed<P>(v, p.v.stride[2], keys, kKeyBlock, p.Dv, v_t);
+    pack_down_rows<P>(k, p.k.stride[2], keys, kKeyBlock, p.D, k_down);
+    bool finite = true;
+    for (int64_t j = 0; j < keys; ++j) finite &= row_is_finite(k + j * p.k.stride[2], p.D);
+    return finite;
+  }
+
+  // One kQueryBlock x kKeyBlock block: the five products.
+  void run_block(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i,
+                 int64_t rows, int64_t key0, int64_t keys, bool finite) {
+    const int64_t at = i - t.q_begin, padded = round_up(rows, P::kStep);
+    for (int64_t n = 0; n < kKeyBlock; n += kPanel<P>) {
+      product<P>(
+          {q_along + at * q_row, q_row, 1, k_t + n * groups, kPanel<P>, s + n, kKeyBlock, groups, false},
+          padded, kPanel<P>);
+      product<P>({do_along + at * v_row, v_row, 1, v_t + n * v_groups, kPanel<P>, dp + n, kKeyBlock, v_groups,
+                  false},
+                 padded, kPanel<P>);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      differentiate_row(t, scores, b, h, i + r, r, at + r, key0, keys, finite);
+    for (int64_t r = rows; r < padded; ++r) {
+      zero(s + r * kKeyBlock, kKeyBlock);
+      zero(dp + r * kKeyBlock, kKeyBlock);
+      for (int64_t j = 0; j < kKeyBlock; ++j) hidden[r * kKeyBlock + j] = 1;
+    }
+    if (P::kStep != 1) narrow(padded);
+    const int64_t row_steps = padded / P::kStep;
+    if (t.want_dkv) {
+      const int64_t key = key0 - t.k_begin;
+      multiply({p_down, 1, kKeyBlock, do_down + at / P::kStep * v_columns, v_columns, dv + key * v_columns,
+                v_columns, row_steps, true},
+               keys, v_columns, finite, 1, kKeyBlock);
+      multiply({ds_down, 1, kKeyBlock, q_down + at / P::kStep * q_columns, q_columns, dk + key * q_columns,
+                q_columns, row_steps, true},
+               keys, q_columns, finite, 1, kKeyBlock);
+    }
+    if (t.want_dq) {
+      multiply({ds_along, kKeyBlock / P::kStep, 1, k_down, q_columns, dq + at * q_columns, q_columns,
+                kKeyBlock / P::kStep, true},
+               rows, q_columns, finite, kKeyBlock, 1);
+    }
+  }
+
+  void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, bool finite, int64_t hidden_row,
+                int64_t hidden_step) const {
+    if (finite) {
+      product<P>(m, rows, columns);
+    } else {
+      product_without_hidden<P>(m, rows, columns, hidden, hidden_row, hidden_step);
+    }
+  }
+
+  // Row r of the block: s becomes p (with dropout), dp becomes scale * ds.
+  void differentiate_row(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i,
+                         int64_t r, int64_t at, int64_t key0, int64_t keys, bool finite) {
+    Real* x = s + r * kKeyBlock;
+    Real* g = dp + r * kKeyBlock;
+    const Real factor = scores.finish_row(x, i, key0, kKeyBlock, p.softcap != 0 ? cap : nullptr);
+    alignas(64) Real keep[kKeyBlock];
+    if (p.dropout_p > 0) {
+      const DropoutRow counter{static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
+      Dropout(p.dropout_p, p.dropout_seed).factors(counter, key0, kKeyBlock, keep);
+    }
+    if (!finite) {
+      for (int64_t j = 0; j < kKeyBlock; ++j) hidden[r * kKeyBlock + j] = x[j] == -kInfinity<Real>;
+    }
+    const Vec<Real> none = splat(-kInfinity<Real>);
+    const Real shift = lse[at], row_delta = delta[at];
+    for (int64_t j = 0; j < kKeyBlock; j += L) {
+      const Vec<Real> score = load(x + j);
+      const Vec<Real> weight = exp2_vec<Real>(score * factor - shift);
+      Vec<Real> dweight = load(g + j), dropped = weight;
+      if (p.dropout_p > 0) {
+        dweight *= load(keep + j);
+        dropped *= load(keep + j);
+      }
+      const Vec<Real> ds = weight * (dweight - row_delta);
+      store(x + j, (score == none) ? Vec<Real>{} : dropped);
+      store(g + j, (score == none) ? Vec<Real>{} : ds);
+    }
+    if (t.want_dbias) add_to_grad_bias(g, b, h, i, key0, keys);
+    const Real scale = static_cast<Real>(p.scale);
+    for (int64_t j = 0; j < kKeyBlock; j += L) {
+      const Vec<Real> ds = load(g + j) * scale;  // 0 where hidden: the cap's slope may be NaN there
+      store(g + j, p.softcap != 0 ? ((ds == 0) ? ds : ds * load(cap + j)) : ds);
+    }
+  }
+
+  // ds is the gradient of the bias; in a dimension where the bias is broadcast its stride is 0 and the sum is over it.
+  void add_to_grad_bias(const Real* ds, int64_t b, int64_t h, int64_t i, int64_t key0, int64_t keys) const {
+    const int64_t* stride = p.grad_bias_stride;
+    Real* g =
+        static_cast<Real*>(p.grad_bias) + b * stride[0] + h * stride[1] + i * stride[2] + key0 * stride[3];
+    for (int64_t j = 0; j < keys; ++j) g[j * stride[3]] += ds[j];
+  }
+
+  void narrow(int64_t padded) const {
+    for (int64_t r = 0; r < padded; r += 2) {
+      const int64_t at = r * kKeyBlock, pair = r / 2 * kKeyBlock;
+      narrow_down_rows<P>(s + at, s + at + kKeyBlock, kKeyBlock, p_down + pair);
+      narrow_down_rows<P>(dp + at, dp + at + kKeyBlock, kKeyBlock, ds_down + pair);
+    }
+    for (int64_t r = 0; r < padded; ++r) {
+      narrow_along_row<P>(dp + r * kKeyBlock, kKeyBlock, ds_along + r * kKeyBlock / P::kStep);
+    }
+  }
+
+  void write_dkv(const AttentionTask& t, int64_t b, int64_t kv_head, const Sequence& seq) const {
+    const int64_t length = p.cu_seqlens_k ? seq.Sk : p.Sk;  // keys past key_lengths get zeros
+    const int64_t k_end = t.k_end < length ? t.k_end : length;
+    if (t.k_begin >= k_end) return;
+    write(dk, q_columns, p.grad_k, b, kv_head, seq.k_begin + t.k_begin, k_end - t.k_begin, p.D);
+    write(dv, v_columns, p.grad_v, b, kv_head, seq.k_begin + t.k_begin, k_end - t.k_begin, p.Dv);
+  }
+
+  void write(const Real* from, int64_t columns, const Rows& to, int64_t b, int64_t h, int64_t row,
+             int64_t count, int64_t width) const {
+    for (int64_t i = 0; i < count; ++i) {
+      T* out = row_of<T>(to, b, h, row + i);
+      for (int64_t d = 0; d < width; d += L) {
+        const Vec<Real> x = load(from + i * columns + d);
+        if (width - d >= L) {
+          store_as<Real>(out + d, x);
+        } else {
+          store_as<Real>(out + d, x, width - d);
+        }
+      }
+    }
+  }
+};
+
+// delta = rowsum(do * o) - dlse of the rows [row0, row1) of the flattened (B, Hq, Sq), and the gradient of the sink
+// logits summed over those rows: dsink = sum of p_sink (dlse - rowsum(do * o)).
+template <class T>
+void attention_delta(const AttentionParams& p, int64_t b, int64_t h, double* delta, double* grad_sink) {
+  using Real = typename Pack<T>::Real;
+  constexpr int L = kLanes<Real>;
+  const Sequence seq = sequence_of(p, b);
+  const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin;
+  Real logit = 0;
+  if (p.sinks) {
+    const int64_t size = p.sinks_dtype == DType::f64 ? 8 : p.sinks_dtype == DType::f32 ? 4 : 2;
+    read_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}},
+                   static_cast<const char*>(p.sinks) + h * size, 1, &logit);
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < seq.Sq; ++i) {
+    const auto row = [&](const Rows& r) {
+      return static_cast<const T*>(r.data) + b * r.stride[0] + h * r.stride[1] +
+             (seq.q_begin + i) * r.stride[2];
+    };
+    const T *o = row(p.o), *go = row(p.grad_o);
+    Vec<Real> acc{};
+    for (int64_t d = 0; d < p.Dv; d += L) {
+      acc += p.Dv - d >= L ? load_as<Real>(o + d) * load_as<Real>(go + d)
+                           : load_as<Real>(o + d, p.Dv - d) * load_as<Real>(go + d, p.Dv - d);
+    }
+    const Real lse = static_cast<const Real*>(p.lse)[at + i];
+    const double dlse =
+        p.grad_lse && lse != -kInfinity<Real> ? static_cast<const Real*>(p.grad_lse)[at + i] : 0;
+    delta[at + i] = static_cast<double>(sum_lanes<Real>(acc)) - dlse;
+    if (p.sinks && lse != -kInfinity<Real>)
+      sum -= __builtin_exp(static_cast<double>(logit - lse)) * delta[at + i];
+  }
+  if (grad_sink) *grad_sink = sum;
+}
+
+}  // namespace
+}  // namespace tformer::TFORMER_ISA

@@ -1,0 +1,93 @@
+// The kernels of one ISA: compiled once for each, with its -m flags and its name as TFORMER_ISA.
+#include <type_traits>
+#include <utility>
+
+#include "../isa.h"
+#include "attention_backward.h"
+#include "attention_forward.h"
+#include "residual_norm.h"
+
+namespace tformer::TFORMER_ISA {
+namespace {
+
+// f(element of type T) for the type that dtype names.
+template <class F>
+auto for_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f64:
+      return f(double{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return f(float{});
+  }
+}
+
+template <class F>
+auto for_norm_types(const NormParams& p, F&& f) {
+  return for_dtype(p.dtype, [&](auto x) {
+    using T = decltype(x);
+    if (sizeof(T) == 2 && p.sum_dtype == DType::f32) return f(x, float{});
+    return f(x, x);
+  });
+}
+
+void attention_forward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
+  for_dtype(p.dtype, [&](auto x) { AttentionForward<decltype(x)>(p, t, Scratch(scratch)).run(t); });
+}
+
+size_t attention_forward_scratch(const AttentionParams& p, const AttentionTask& t) {
+  return for_dtype(p.dtype,
+                   [&](auto x) { return AttentionForward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
+}
+
+void attention_delta_of(const AttentionParams& p, int64_t b, int64_t h, double* delta, double* grad_sink) {
+  for_dtype(p.dtype, [&](auto x) { attention_delta<decltype(x)>(p, b, h, delta, grad_sink); });
+}
+
+void attention_backward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
+  for_dtype(p.dtype, [&](auto x) { AttentionBackward<decltype(x)>(p, t, Scratch(scratch)).run(t); });
+}
+
+size_t attention_backward_scratch(const AttentionParams& p, const AttentionTask& t) {
+  return for_dtype(p.dtype,
+                   [&](auto x) { return AttentionBackward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
+}
+
+void norm_forward(const NormParams& p, int64_t begin, int64_t end, void* scratch) {
+  for_norm_types(p, [&](auto x, auto r) {
+    ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).forward(begin, end);
+  });
+}
+
+void norm_backward(const NormParams& p, int64_t chunk, void* scratch) {
+  for_norm_types(p, [&](auto x, auto r) {
+    ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).backward(chunk);
+  });
+}
+
+size_t norm_scratch(const NormParams& p) {
+  return for_norm_types(
+      p, [&](auto x, auto r) { return ResidualNorm<decltype(x), decltype(r)>(p, Scratch(nullptr)).bytes; });
+}
+
+#define TFORMER_STRING(x) #x
+#define TFORMER_NAME(x) TFORMER_STRING(x)
+
+}  // namespace
+
+extern const CpuKernels kernels;
+const CpuKernels kernels = {TFORMER_NAME(TFORMER_ISA),
+                            kVectorBytes,
+                            attention_forward,
+                            attention_forward_scratch,
+                            attention_delta_of,
+                            attention_backward,
+                            attention_backward_scratch,
+                            norm_forward,
+                            norm_backward,
+                            norm_scratch};
+
+}  // namespace tformer::TFORMER_ISA

@@ -1,0 +1,258 @@
+// Vectors of the ISA this file is compiled for: GCC / clang vector extensions, plus the few operations that need an
+// intrinsic. The algorithms in this folder are written once, for any width. Everything is in an anonymous namespace
+// inside the ISA's own namespace, so that no symbol of a wider ISA can be linked into a narrower one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define TFORMER_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define TFORMER_VECTOR_BYTES 32
+#else
+#define TFORMER_VECTOR_BYTES 16
+#endif
+
+namespace tformer::TFORMER_ISA {
+namespace {
+
+constexpr int kVectorBytes = TFORMER_VECTOR_BYTES;
+
+// Register tile of a matrix product: kTileRows x kTileColumns accumulators, with room left for one row of the second
+// operand and one broadcast. 6 x 4 fills 29 of 32 registers, 6 x 2 fills 15 of 16.
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileColumns = 4;
+#else
+constexpr int kTileColumns = 2;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T, int kBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T, kVectorBytes>::type;
+template <class T, int kCount>
+using VecN = typename VectorOf<T, kCount* static_cast<int>(sizeof(T))>::type;
+
+// The integer of the same size, which is also the type of a comparison's lanes.
+template <class T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Integer = typename IntegerOf<T>::type;
+
+#define TFORMER_INLINE inline __attribute__((always_inline))
+
+template <class V, class T>
+TFORMER_INLINE V load_bytes(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class T>
+TFORMER_INLINE Vec<T> load(const T* p) {
+  return load_bytes<Vec<T>>(p);
+}
+template <class T, class V>
+TFORMER_INLINE void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+template <class T>
+TFORMER_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <class V>
+TFORMER_INLINE V maximum(V a, V b) {  // b where either is NaN
+  return a > b ? a : b;
+}
+template <class T>
+TFORMER_INLINE Vec<T> lane_index() {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = static_cast<T>(i);
+  return v;
+}
+template <class T>
+TFORMER_INLINE T sum_lanes(Vec<T> v) {  // pairwise: the upper half onto the lower half
+  T lane[kLanes<T>];
+  store(lane, v);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+template <class T>
+TFORMER_INLINE T max_lanes(Vec<T> v) {
+  T lane[kLanes<T>];
+  store(lane, v);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+  }
+  return lane[0];
+}
+
+// ---- bf16 and f16 as the upper bits of, or a smaller exponent than, float -------------------------------------------
+
+using F = Vec<float>;
+using U32 = Vec<uint32_t>;
+using I32 = Vec<int32_t>;
+using HalfBits = VecN<uint16_t, kLanes<float>>;
+
+TFORMER_INLINE F widen_bf16(HalfBits h) { return (F)(__builtin_convertvector(h, U32) << 16); }
+
+// The bits of the nearest bf16, ties to even, NaN kept, in the low half of each lane.
+TFORMER_INLINE U32 narrow_bf16(F x) {
+  const U32 u = (U32)x;
+  const U32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return (x == x) ? rounded : ((u >> 16) | 0x40);
+}
+
+TFORMER_INLINE F widen_f16(HalfBits h) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (F)_mm256_cvtph_ps((__m128i)h);
+#else
+  const U32 u = __builtin_convertvector(h, U32);
+  const U32 magnitude = (u & 0x7fff) << 13;
+  const U32 exponent = magnitude & 0x0f800000;
+  const F normal = (F)(magnitude + 0x38000000);   // rebias 15 -> 127
+  const F special = (F)(magnitude + 0x70000000);  // inf and NaN
+  const F subnormal =
+      (F)(magnitude + 0x38800000) - (F)(U32{} + 0x38800000u);  // renormalised by the subtraction
+  const F value = (exponent == 0x0f800000) ? special : ((exponent == 0) ? subnormal : normal);
+  return (F)((U32)value | ((u & 0x8000) << 16));
+#endif
+}
+
+// The bits of the nearest f16, ties to even, in the low half of each lane.
+TFORMER_INLINE U32 narrow_f16(F x) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector((HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT), U32);
+#elif defined(__F16C__)
+  return __builtin_convertvector((HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT), U32);
+#else
+  const U32 u = (U32)x, sign = u & 0x80000000u, magnitude = u ^ sign;
+  const U32 normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const U32 subnormal = (U32)((F)magnitude + (F)(U32{} + 0x3f000000u)) - 0x3f000000u;  // the addition rounds
+  U32 half = (magnitude < 0x38800000u) ? subnormal : normal;
+  half = (magnitude >= 0x477ff000u) ? (U32{} + 0x7c00u) : half;  // rounds past the largest finite f16
+  half = (magnitude > 0x7f800000u) ? (U32{} + 0x7e00u) : half;   // NaN
+  return half | (sign >> 16);
+#endif
+}
+
+// ---- one vector of the arithmetic type A (float or double) from and to memory of type T -----------------------------
+
+template <class A, class T>
+TFORMER_INLINE Vec<A> load_as(const T* p) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    return load(p);
+  } else if constexpr (sizeof(A) == 4 && sizeof(T) == 8) {
+    return __builtin_convertvector(load_bytes<VecN<double, kLanes<float>>>(p), F);
+  } else if constexpr (sizeof(A) == 8) {
+    double wide[kLanes<double>];
+    for (int i = 0; i < kLanes<double>; ++i) {
+      if constexpr (sizeof(T) == 4) wide[i] = p[i];
+      if constexpr (sizeof(T) == 2) {
+        T lanes[kLanes<float>] = {p[i]};
+        wide[i] = load_as<float>(lanes)[0];
+      }
+    }
+    return load(wide);
+  } else if constexpr (__is_same(T, bf16)) {
+    return widen_bf16(load_bytes<HalfBits>(p));
+  } else {
+    return widen_f16(load_bytes<HalfBits>(p));
+  }
+}
+
+template <class A, class T>
+TFORMER_INLINE void store_as(T* p, Vec<A> v) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    store(p, v);
+  } else if constexpr (sizeof(A) == 4 && sizeof(T) == 8) {
+    store(p, __builtin_convertvector(v, VecN<double, kLanes<float>>));
+  } else if constexpr (sizeof(A) == 8) {
+    for (int i = 0; i < kLanes<double>; ++i) {
+      if constexpr (sizeof(T) == 4) p[i] = static_cast<float>(v[i]);
+      if constexpr (sizeof(T) == 2) {
+        T lanes[kLanes<float>];
+        store_as<float>(lanes, splat(static_cast<float>(v[i])));
+        p[i] = lanes[0];
+      }
+    }
+  } else if constexpr (__is_same(T, bf16)) {
+    store(p, __builtin_convertvector(narrow_bf16(v), HalfBits));
+  } else {
+    store(p, __builtin_convertvector(narrow_f16(v), HalfBits));
+  }
+}
+
+// The same for the first n < lanes elements: the rest reads as zero and is not written.
+template <class A, class T>
+TFORMER_INLINE Vec<A> load_as(const T* p, int64_t n) {
+  T lanes[kLanes<A>] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+  return load_as<A>(lanes);
+}
+template <class A, class T>
+TFORMER_INLINE void store_as(T* p, Vec<A> v, int64_t n) {
+  T lanes[kLanes<A>];
+  store_as<A>(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Each lane as memory of type T would give it back.
+template <class T, class V>
+TFORMER_INLINE V rounded(V v) {
+  if constexpr (__is_same(T, bf16)) {
+    return (V)(narrow_bf16(v) << 16);
+  } else if constexpr (__is_same(T, f16)) {
+    return widen_f16(__builtin_convertvector(narrow_f16(v), HalfBits));
+  } else {
+    return v;
+  }
+}
+
+// ---- 32 x 32 -> 64 bit products of the even lanes --------------------------------------------------------------------
+
+using U64 = Vec<uint64_t>;
+
+TFORMER_INLINE U64 multiply_even(U32 a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (U64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (U64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+  return (U64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return ((U64)a & 0xffffffffu) * static_cast<uint64_t>(b);
+#endif
+}
+
+}  // namespace
+}  // namespace tformer::TFORMER_ISA

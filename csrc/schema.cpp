@@ -1,0 +1,48 @@
+// Schemas of all operators: the only place where they are written down.
+//
+// All are functional: nothing is mutated, no output aliases an input. Their names begin with an underscore
+// because they carry no gradient formula: the Python functions check the arguments and wrap these operators
+// into autograd Functions.
+// Letters: B batch, Hq/Hk query/key heads, Sq/Sk lengths, D/Dv head dimensions; M rows, N columns.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(tformer_ext, m) {
+  // Attention: softmax(softcap(scale * query @ key^T) + bias + alibi, masked) @ value.
+  //   query (B, Hq, Sq, D), key (B, Hk, Sk, D), value (B, Hk, Sk, Dv): one dtype, last stride 1, others free
+  //   bias floating, mask bool: 4-D, each dimension 1 or that of (B, Hq, Sq, Sk)
+  //   alibi_slopes float32 (Hq) or (B, Hq); sinks floating (Hq); key_lengths int32 (B)
+  //   cu_seqlens_* int32 (sequences + 1), then B = 1 and the sequences lie one after the other in Sq and Sk
+  //   dropout_seed int64, one element; causal 0 none, 1 upper_left, 2 lower_right; window_* -1 unbounded
+  //   out (B, Hq, Sq, Dv) in query's memory order; lse (B, Hq, Sq) float32, or float64 for float64
+  m.def(
+      "_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? dropout_seed, int causal, int window_left, int window_right, float scale, float softcap, "
+      "float dropout_p) -> (Tensor out, Tensor lse)");
+  // Its gradients, each in the memory order of its input. grad_bias is empty, (0), without bias_needs_grad,
+  // and grad_sinks without sinks.
+  m.def(
+      "_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor "
+      "out, "
+      "Tensor lse, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_lengths, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed, bool bias_needs_grad, int causal, "
+      "int window_left, int window_right, float scale, float softcap, float dropout_p) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks)");
+
+  // Residual normalisation: y = norm(h) * weight + bias with h = residual + dropout(x), LayerNorm or RMSNorm.
+  //   x, residual (M, N), last stride 1; weight, bias (N) contiguous
+  //   y (M, N) of x's dtype; sum = h (M, N) of sum_dtype, or empty (0) without save_sum
+  //   mean (M), or empty if rms, and rstd (M): float32, or float64 for float64
+  m.def(
+      "_residual_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? "
+      "dropout_seed, "
+      "float eps, float dropout_p, bool rms, bool save_sum, ScalarType sum_dtype) "
+      "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
+  // Its gradients; empty (0) where there was no such input. grad_residual is also empty when it would equal
+  // grad_x bit for bit (no dropout, same dtype): the caller then uses grad_x for both.
+  m.def(
+      "_residual_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd, "
+      "Tensor? weight, Tensor? dropout_seed, float dropout_p, bool rms, ScalarType x_dtype, "
+      "ScalarType? residual_dtype, ScalarType? bias_dtype) "
+      "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+}

@@ -1,0 +1,185 @@
+"""The build: what the compiled module refers to, the choice of instruction set, what setup.py accepts."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tformer_ext import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+ISAS = ["baseline", "avx2", "avx512", "avx512bf16"]
+
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python in the source tree with these additions to the environment (an empty value takes one away)."""
+    merged = {name: value for name, value in (os.environ | environment).items() if value}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=merged, capture_output=True, text=True)
+
+
+def build_folder() -> Path:
+    """Folder of the objects that the module in use was linked from; skips the test where there is none."""
+    folders = sorted((ROOT / "build").glob("*/build.ninja"), key=lambda file: file.stat().st_mtime)
+    module = Path(_C.__file__).read_bytes()
+    for folder in (file.parent for file in folders):
+        linked = folder / "_C.so"
+        if linked.is_file() and linked.read_bytes() == module:
+            return folder
+    pytest.skip("no build folder of this module: it was installed from elsewhere")
+
+
+def symbols(file: Path, *options: str) -> list[str]:
+    command = ["nm", "--demangle", *options, str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@needs_nm
+def test_module_refers_to_the_stable_abi_only():
+    undefined = symbols(Path(_C.__file__), "--dynamic", "--undefined-only")
+    assert any("aoti_torch_" in line for line in undefined)
+    assert not [line for line in undefined if "at::" in line or "c10::" in line]
+
+
+@needs_nm
+@pytest.mark.parametrize("isa", _C.built_isas())
+def test_kernel_objects_define_no_weak_symbols(isa):
+    """A weak symbol compiled for AVX-512 could replace the baseline's copy of the same template."""
+    if "address" in _C.build_info()["sanitize"]:
+        pytest.skip("the address sanitizer adds weak symbols of its own")
+    objects = list((build_folder() / isa).rglob("*.o"))
+    assert objects
+    for file in objects:
+        lines = symbols(file, "--defined-only", "--extern-only")
+        assert lines, f"{file} exports nothing"
+        assert not [line for line in lines if line.split()[1] in "WVu"]
+
+
+@needs_sources
+def test_headers_are_tracked():
+    """ninja's own record of which headers each object was compiled from."""
+    folder = build_folder()
+    ninja = Path(sys.executable).parent / "ninja"
+    command = [str(ninja) if ninja.exists() else "ninja", "-C", str(folder), "-t", "deps"]
+    if shutil.which(command[0]) is None:
+        pytest.skip("needs ninja")
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tracked = {line.strip() for line in text.splitlines() if line.startswith("    ")}
+    headers = {str(file) for file in (ROOT / "csrc").rglob("*.h") if "cuda" not in file.parts}
+    assert headers <= tracked
+
+
+def test_built_isas_are_in_order():
+    built = _C.built_isas()
+    assert built == [isa for isa in ISAS if isa in built]
+    assert built[0] == "baseline"
+    if platform.machine() != "x86_64":
+        assert built == ["baseline"]
+    assert list(_C.build_info()["flags"]) == built
+
+
+def test_supported_isas_begin_with_the_baseline():
+    supported = _C.supported_isas()
+    assert supported == _C.built_isas()[: len(supported)]
+    assert supported[0] == "baseline"
+
+
+def test_most_capable_isa_is_the_default():
+    result = run_python("-c", "import tformer_ext; print(tformer_ext._C.cpu_isa())", TFORMER_CPU_ISA="")
+    assert result.stdout.strip() == _C.supported_isas()[-1], result.stderr
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_environment_forces_an_isa(isa):
+    result = run_python("-c", "import tformer_ext; print(tformer_ext._C.cpu_isa())", TFORMER_CPU_ISA=isa)
+    assert result.stdout.strip() == isa, result.stderr
+
+
+UNUSABLE = ["sse9", "AVX2", *(isa for isa in ISAS if isa not in _C.supported_isas())]
+
+
+@pytest.mark.parametrize("isa", UNUSABLE)
+def test_environment_with_an_unusable_isa_fails_the_import(isa):
+    result = run_python("-c", "import tformer_ext", TFORMER_CPU_ISA=isa)
+    assert result.returncode == 1
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"ImportError: TFORMER_CPU_ISA: '{isa}' is not ")
+    assert message.endswith("expected one of " + ", ".join(_C.supported_isas()))
+
+
+@pytest.mark.parametrize("isa", [*UNUSABLE, ""])
+def test_set_cpu_isa_refuses_an_unusable_isa(isa):
+    before = _C.cpu_isa()
+    with pytest.raises(ValueError, match=f"'{isa}' is not .*, expected one of baseline"):
+        _C.set_cpu_isa(isa)
+    assert _C.cpu_isa() == before
+
+
+def test_set_cpu_isa_takes_a_string_only():
+    with pytest.raises(TypeError):
+        _C.set_cpu_isa(2)
+
+
+def test_set_cpu_isa():
+    before = _C.cpu_isa()
+    try:
+        for isa in _C.supported_isas():
+            _C.set_cpu_isa(isa)
+            assert _C.cpu_isa() == isa
+    finally:
+        _C.set_cpu_isa(before)
+
+
+def has_cuda_sources() -> bool:
+    return any((ROOT / "csrc/cuda").rglob("*.cu"))
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"TFORMER_CUDA": "yes"}, "TFORMER_CUDA: expected auto, 0 or 1, got 'yes'"),
+        (
+            {"TFORMER_SANITIZE": "thread"},
+            "expected some of address,undefined, got 'thread'",
+        ),
+        ({"CXX": "no-such-compiler"}, "'no-such-compiler' is not on PATH"),
+    ],
+)
+def test_setup_refuses_bad_settings(environment, message, tmp_path):
+    result = run_python("setup.py", "build_ext", "--build-lib", str(tmp_path), **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+@needs_sources
+def test_setup_refuses_cuda_without_toolkit_or_sources(tmp_path):
+    environment = {"TFORMER_CUDA": "1", "CUDA_HOME": str(tmp_path)}
+    result = run_python("setup.py", "build_ext", "--build-lib", str(tmp_path), **environment)
+    assert result.returncode != 0
+    expected = "is no CUDA toolkit" if has_cuda_sources() else "this version contains no CUDA sources"
+    assert expected in result.stderr
+
+
+@needs_sources
+def test_sdist_is_complete(tmp_path):
+    """Everything in csrc and tests that git would track, and what setup.py itself needs."""
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "build", ".*", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=tree, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    for folder in ("csrc", "tests", "tformer_ext"):
+        files = {str(file.relative_to(tree)) for file in (tree / folder).rglob("*") if file.is_file()}
+        assert files and files <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile"} <= names

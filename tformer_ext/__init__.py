@@ -1,0 +1,39 @@
+"""Fused Transformer kernels for PyTorch: attention and residual normalisation, training and inference."""
+
+import torch as _torch  # noqa: F401  (libtorch must be loaded before the extension that links to it)
+
+try:
+    from . import _C
+except ModuleNotFoundError as error:
+    if error.name != f"{__name__}._C":
+        raise
+    raise ImportError(
+        "tformer_ext is not compiled: run `pip install --no-build-isolation -e .` in the source folder, or leave the "
+        "source folder if an installed copy was meant"
+    ) from error
+
+from . import functional, modules, reference
+from .explain import explain
+from .modules import MultiheadAttention, ResidualLayerNorm, ResidualRMSNorm
+
+__version__ = _C.build_info()["version"]
+
+__all__ = [
+    "MultiheadAttention",
+    "ResidualLayerNorm",
+    "ResidualRMSNorm",
+    "__version__",
+    "explain",
+    "functional",
+    "huggingface",
+    "modules",
+    "reference",
+]
+
+
+def __getattr__(name):
+    if name == "huggingface":  # imports transformers only when asked for
+        import importlib
+
+        return importlib.import_module(f"{__name__}.huggingface")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

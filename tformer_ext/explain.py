@@ -1,0 +1,67 @@
+"""Which kernel a call takes, and why not a faster one."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import _C
+from . import arguments as check
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How tformer_ext.functional.attention runs a call. str() gives it as text.
+
+    backend: "cpu". isa: the instruction set of the kernels. product: how products are computed. vector_bytes: width of
+    a vector register. notes: what costs time and could be avoided, in words.
+    """
+
+    backend: str
+    isa: str
+    product: str
+    vector_bytes: int
+    notes: tuple[str, ...]
+
+    def __str__(self):
+        lines = [f"{self.backend} kernels for {self.isa}: {self.product}, {self.vector_bytes}-byte vectors"]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def explain(query, key, value, **options):
+    """Explains the call tformer_ext.functional.attention(query, key, value, **options) without running it.
+
+    Returns an Explanation. Arguments are checked as there.
+    """
+    check.check_qkv(query, key, value)
+    check.device_is_served(query)
+    isa = _C.cpu_isa()
+    notes = []
+    native_bf16 = isa == "avx512bf16"
+    product = {
+        torch.float64: "float64 multiply-add",
+        torch.float32: "float32 multiply-add",
+        torch.float16: "float16 widened to float32",
+        torch.bfloat16: "bfloat16 pairs into float32 (vdpbf16ps)"
+        if native_bf16
+        else "bfloat16 widened to float32",
+    }[query.dtype]
+    if query.dtype == torch.bfloat16 and not native_bf16:
+        why = (
+            "TFORMER_CPU_ISA or set_cpu_isa chose a lesser one"
+            if "avx512bf16" in _C.supported_isas()
+            else "this CPU has no AVX512_BF16"
+        )
+        notes.append(f"bfloat16 products run at float32 speed: the kernels are for {isa}; {why}")
+    supported = _C.supported_isas()
+    if isa != supported[-1]:
+        notes.append(f"kernels for {supported[-1]} are there and this CPU can run them, but {isa} was chosen")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.shape[-1] != 1 and t.stride(-1) != 1:
+            notes.append(f"{name} is copied: its last dimension has stride {t.stride(-1)}, not 1")
+    bias = options.get("bias")
+    if bias is not None and bias.requires_grad:
+        notes.append(
+            "the bias wants a gradient: where batches or heads share it, backward computes scores twice"
+        )
+    notes.append("a second derivative runs through the reference in PyTorch operations")
+    return Explanation("cpu", isa, product, _C.vector_bytes(), tuple(notes))

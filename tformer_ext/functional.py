@@ -1,0 +1,320 @@
+"""The fused operations as functions. Shapes: B batch, H heads (Hq of queries, Hk of keys), S length, D head dimension."""
+
+import torch
+
+from . import arguments as check
+from .ops import attention as _attention
+from .ops import residual_norm as _norm
+
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "residual_layer_norm",
+    "residual_rms_norm",
+    "scaled_dot_product_attention",
+]
+
+
+def _autocast(*tensors):
+    """Under autocast, matrix products run in its dtype: float32 and 16-bit inputs are cast to it."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in eligible else t for t in tensors)
+
+
+def attention(
+    query,
+    key,
+    value,
+    *,
+    bias=None,
+    mask=None,
+    causal=False,
+    window=None,
+    alibi_slopes=None,
+    sinks=None,
+    key_lengths=None,
+    scale=None,
+    softcap=0.0,
+    dropout_p=0.0,
+    dropout_seed=None,
+    return_lse=False,
+):
+    """softmax(scale * query keyT + bias, masked) value, without holding the Sq x Sk scores.
+
+    Args:
+        query: (B, Hq, Sq, D), float64, float32, bfloat16 or float16. Strides are free as long as the last dimension is
+            contiguous: transposed and packed projections are read in place.
+        key: (B, Hk, Sk, D), value: (B, Hk, Sk, Dv), same dtype and device. Hq is a multiple of Hk: query head h reads
+            key head h // (Hq // Hk).
+        bias: floating, broadcasts to (B, Hq, Sq, Sk), added to the scaled scores; its gradient has its own shape.
+        mask: bool, broadcasts likewise, True = may attend. Combines with bias, causal, window and key_lengths.
+        causal: True or "upper_left": query i sees keys <= i. "lower_right": keys <= i + Sk - Sq, as in decoding.
+        window: (left, right) keys seen on either side of the diagonal of the same alignment (lower right without
+            causal), -1 = unbounded.
+        alibi_slopes: (Hq,) or (B, Hq), constants m of the bias -m * |distance to the diagonal|.
+        sinks: (Hq,) floating: a logit that takes weight in the softmax of its head and has no value; differentiable.
+        key_lengths: (B,) int: only the first key_lengths[b] keys exist; Sk of the rules above is then that number.
+        scale: factor of the scores; None = 1 / sqrt(D).
+        softcap: c > 0 makes each scaled score c * tanh(score / c), before bias and masks.
+        dropout_p: probability with which a weight is dropped; the others grow by 1 / (1 - p).
+        dropout_seed: int or int64 tensor of one element that fixes the dropped weights; None draws one from torch's
+            default generator.
+        return_lse: also return the log-sum-exp of each row.
+
+    Returns:
+        (B, Hq, Sq, Dv) in query's dtype and memory order; with return_lse also float32 (float64 for float64)
+        (B, Hq, Sq), natural logarithm, sink included. Both are differentiable, twice.
+        A query that may attend to no key gets 0, and -inf. Keys with a score of -inf take no part at all.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        NotImplementedError: for a device without kernels.
+
+    Sources: Vaswani et al. 2017; Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling, recomputation);
+    Ainslie et al. 2023 (grouped queries); Press et al. 2022 (ALiBi); Xiao et al. 2024 (sinks); Gemma 2 (softcap).
+    """
+    query, key, value = _autocast(query, key, value)
+    check.check_qkv(query, key, value)
+    check.device_is_served(query)
+    device, D = query.device, query.shape[3]
+    B, Hq, Sq, Sk = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    left, right = (-1, -1) if window is None else check.window_pair(window)
+    dropout_p = 0.0 if dropout_p == 0.0 else check.probability("dropout_p", dropout_p)
+    if bias is not None:
+        bias = check.score_operand("bias", bias, (B, Hq, Sq, Sk))
+        check.same_device("bias", bias, device)
+    if mask is not None:
+        mask = check.score_operand("mask", mask, (B, Hq, Sq, Sk))
+        check.same_device("mask", mask, device)
+    out, lse = _attention.attention(
+        check.unit_stride(query),
+        check.unit_stride(key),
+        check.unit_stride(value),
+        bias,
+        mask,
+        check.alibi(alibi_slopes, B, Hq, device),
+        check.sink_logits(sinks, Hq, device),
+        check.lengths(key_lengths, B, Sk, device),
+        None,
+        None,
+        check.seed_tensor(dropout_seed, dropout_p, device),
+        check.causal_code(causal),
+        left,
+        right,
+        check.scale_value(scale, D),
+        check.softcap_value(softcap),
+        dropout_p,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    *,
+    causal=False,
+    window=None,
+    alibi_slopes=None,
+    sinks=None,
+    scale=None,
+    softcap=0.0,
+    dropout_p=0.0,
+    dropout_seed=None,
+    return_lse=False,
+):
+    """attention over sequences of different lengths packed one after the other, without padding.
+
+    Args:
+        query: (total queries, Hq, D), key: (total keys, Hk, D), value: (total keys, Hk, Dv).
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 (sequences + 1): sequence n has the rows cu_seqlens[n] up to
+            cu_seqlens[n + 1]; the first entry is 0, the last the total.
+        alibi_slopes: (Hq,) or (sequences, Hq).
+        The other keywords, the errors and the sources are those of `attention`, each sequence for itself.
+
+    Returns:
+        (total queries, Hq, Dv); with return_lse also (Hq, total queries).
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions (total, H, D), got {t.dim()}: {tuple(t.shape)}")
+    query, key, value = (t.unsqueeze(0).transpose(1, 2) for t in _autocast(query, key, value))
+    check.check_qkv(query, key, value)
+    check.device_is_served(query)
+    device, Hq = query.device, query.shape[1]
+    cu_q = check.cumulative("cu_seqlens_q", cu_seqlens_q, query.shape[2], device)
+    cu_k = check.cumulative("cu_seqlens_k", cu_seqlens_k, key.shape[2], device, size=cu_q.shape[0])
+    left, right = check.window_pair(window)
+    dropout_p = check.probability("dropout_p", dropout_p)
+    out, lse = _attention.attention(
+        check.unit_stride(query),
+        check.unit_stride(key),
+        check.unit_stride(value),
+        None,
+        None,
+        check.alibi(alibi_slopes, cu_q.shape[0] - 1, Hq, device),
+        check.sink_logits(sinks, Hq, device),
+        None,
+        cu_q,
+        cu_k,
+        check.seed_tensor(dropout_seed, dropout_p, device),
+        check.causal_code(causal),
+        left,
+        right,
+        check.scale_value(scale, query.shape[3]),
+        check.softcap_value(softcap),
+        dropout_p,
+    )
+    out = out.transpose(1, 2).squeeze(0)
+    return (out, lse.squeeze(0)) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """torch.nn.functional.scaled_dot_product_attention: same arguments, shapes and results.
+
+    Args:
+        query (..., Hq, L, E), key (..., H, S, E), value (..., H, S, Ev), leading dimensions broadcast; attn_mask bool
+        (True = attend) or floating, broadcasts to (..., Hq, L, S). is_causal is the upper-left alignment and combines
+        with attn_mask. enable_gqa allows Hq to be a multiple of H.
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions (..., L, E), got {tuple(t.shape)}")
+    heads = [t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value)]
+    if not enable_gqa and any(h != heads[0] and h != 1 and heads[0] != 1 for h in heads):
+        raise ValueError(
+            f"key: expected {heads[0]} heads as in query, got {heads[1]} (value {heads[2]}); grouped queries need "
+            "enable_gqa=True"
+        )
+    lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
+    if not enable_gqa:
+        heads = [max(heads) if min(heads) > 0 else 0] * 3
+
+    def fold(t, h):
+        """(..., h, L, E) as (B, h, L, E), a view wherever strides allow."""
+        t = t.unsqueeze(0) if t.dim() == 2 else t
+        t = t.expand(*lead, h, *t.shape[-2:])
+        return t.reshape(-1, *t.shape[-3:]) if len(lead) != 1 else t
+
+    q, k, v = (fold(t, h) for t, h in zip((query, key, value), heads, strict=True))
+    options = {"scale": scale, "dropout_p": dropout_p, "causal": bool(is_causal)}
+    if attn_mask is not None:
+        full = (*lead, heads[0], query.shape[-2], key.shape[-2])
+        try:
+            torch.broadcast_shapes(attn_mask.shape, full)
+        except RuntimeError:
+            raise ValueError(
+                f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(attn_mask.shape)}"
+            ) from None
+        if attn_mask.dim() > 3 and len(lead) != 1:
+            # only the leading dimensions have to be folded; what is broadcast inside stays broadcast
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).reshape(-1, *attn_mask.shape[-3:])
+        options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+    out = attention(q, k, v, **options)
+    shape = (*lead, heads[0]) if query.dim() > 2 or key.dim() > 2 or value.dim() > 2 else ()
+    return out if len(lead) == 1 else out.reshape(*shape, query.shape[-2], value.shape[-1])
+
+
+def residual_layer_norm(
+    x,
+    residual=None,
+    weight=None,
+    bias=None,
+    *,
+    eps=1e-5,
+    dropout_p=0.0,
+    dropout_seed=None,
+    return_residual=False,
+    residual_dtype=None,
+):
+    """LayerNorm(residual + dropout(x)) in one pass over memory.
+
+    Args:
+        x: (..., N), float64, float32, bfloat16 or float16.
+        residual: the shape of x, its dtype or float32; None = 0.
+        weight, bias: the last dimensions of x, which are normalised together (the last one if both are None); any
+            floating dtype.
+        eps: added to the variance.
+        dropout_p, dropout_seed: as in `attention`; the mask is a function of (seed, row, column).
+        return_residual: also return the sum h = residual + dropout(x), for a pre-norm block to go on with.
+        residual_dtype: dtype of h, x's or float32; None = that of x and residual promoted.
+
+    Returns:
+        y of x's shape and dtype, or (y, h). h is rounded to its dtype before it is normalised.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in `attention`.
+
+    Mean, then squared distances from it, both in float32 (float64 for float64), never E[x^2] - mean^2.
+    Source: Ba, Kiros, Hinton 2016.
+    """
+    options = (eps, dropout_p, dropout_seed, return_residual, residual_dtype)
+    return _residual_norm(x, residual, weight, bias, False, *options)
+
+
+def residual_rms_norm(
+    x,
+    residual=None,
+    weight=None,
+    bias=None,
+    *,
+    eps=1e-5,
+    dropout_p=0.0,
+    dropout_seed=None,
+    return_residual=False,
+    residual_dtype=None,
+):
+    """RMSNorm(residual + dropout(x)): residual_layer_norm without the mean. Source: Zhang & Sennrich 2019."""
+    options = (eps, dropout_p, dropout_seed, return_residual, residual_dtype)
+    return _residual_norm(x, residual, weight, bias, True, *options)
+
+
+def _residual_norm(x, residual, weight, bias, rms, eps, dropout_p, seed, return_residual, residual_dtype):
+    if isinstance(x, torch.Tensor) and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # as torch's norms do there
+    dims, sum_dtype = check.check_norm(x, residual, weight, bias, residual_dtype)
+    check.device_is_served(x)
+    dropout_p = 0.0 if dropout_p == 0.0 else check.probability("dropout_p", dropout_p)
+    seed = check.seed_tensor(seed, dropout_p, x.device)
+    shape = x.shape
+    N = shape[-1] if dims == 1 else shape[-dims:].numel()
+
+    def rows(t):
+        if t is None:
+            return None
+        t = (
+            t
+            if t.dim() == 2 and dims == 1
+            else t.reshape(shape.numel() // N if N else shape[:-dims].numel(), N)
+        )
+        return check.unit_stride(t)
+
+    rest = None if residual is None else rows(residual)
+    if rest is not None and rest.dtype != sum_dtype:
+        rest = rest.to(sum_dtype)
+    y, total = _norm.residual_norm(
+        rows(x),
+        rest,
+        None if weight is None else weight.reshape(N),
+        None if bias is None else bias.reshape(N),
+        seed,
+        float(eps),
+        dropout_p,
+        rms,
+        return_residual,
+        sum_dtype,
+    )
+    y = y if y.shape == shape else y.view(shape)
+    return (y, total.view(shape)) if return_residual else y

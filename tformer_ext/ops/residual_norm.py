@@ -1,0 +1,195 @@
+"""residual_norm: raw operators, fake kernels, vmap, first and second derivatives. All tensors are (M, N) or (N)."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..reference import norm_dropout_mask
+from ..reference.philox import keep_scale
+from ..reference.residual_norm import normalize
+
+_forward = torch.ops.tformer_ext._residual_norm_forward.default
+_backward = torch.ops.tformer_ext._residual_norm_backward.default
+
+
+def residual_norm(x, residual, weight, bias, seed, eps, dropout_p, rms, want_sum, sum_dtype):
+    """(y, sum) of x (M, N); sum is None unless want_sum."""
+    tensors = (x, residual, weight, bias)
+    if (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or (
+        torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        # without residual and dropout, and in x's dtype, the sum is x itself and need not be saved again
+        save_sum = want_sum or residual is not None or dropout_p > 0 or sum_dtype != x.dtype
+        y, total, _, _ = ResidualNorm.apply(*tensors, seed, eps, dropout_p, rms, save_sum, sum_dtype)
+    else:
+        y, total, _, _ = _forward(*tensors, seed, eps, dropout_p, rms, want_sum, sum_dtype)
+    return y, total if want_sum else None
+
+
+def _statistics_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("tformer_ext::_residual_norm_forward")
+def _(x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, sum_dtype):
+    M, _N = x.shape
+    statistics = _statistics_dtype(x.dtype)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(x.shape if save_sum else (0,), dtype=sum_dtype),
+        x.new_empty((0,) if rms else (M,), dtype=statistics),
+        x.new_empty((M,), dtype=statistics),
+    )
+
+
+@torch.library.register_fake("tformer_ext::_residual_norm_backward")
+def _(grad_y, grad_sum, total, mean, rstd, weight, seed, dropout_p, rms, x_dtype, residual_dtype, bias_dtype):
+    N = grad_y.shape[1]
+    apart = residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
+    nothing = grad_y.new_empty(0, dtype=x_dtype)
+    return (
+        grad_y.new_empty(grad_y.shape, dtype=x_dtype),
+        grad_y.new_empty(grad_y.shape, dtype=residual_dtype) if apart else nothing,
+        grad_y.new_empty(0, dtype=x_dtype) if weight is None else torch.empty_like(weight),
+        grad_y.new_empty(0, dtype=x_dtype) if bias_dtype is None else grad_y.new_empty(N, dtype=bias_dtype),
+    )
+
+
+class ResidualNorm(torch.autograd.Function):
+    """y and the sum that was normalised (empty if it is x itself), with the statistics saved for backward."""
+
+    @staticmethod
+    def forward(x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, sum_dtype):
+        return _forward(x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, sum_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, _ = inputs
+        _y, total, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(total if save_sum else x, mean, rstd, weight, seed)
+        ctx.numbers = (eps, dropout_p, rms)
+        ctx.x_dtype, ctx.save_sum = x.dtype, save_sum
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_sum, _mean, _rstd):
+        total, mean, rstd, weight, seed = ctx.saved_tensors
+        if not ctx.save_sum:
+            grad_sum = None
+        if grad_y is None and grad_sum is None:
+            return (None,) * 10
+        if grad_y is None:
+            grad_y = total.new_zeros(total.shape, dtype=ctx.x_dtype)
+        grad_x, grad_residual, grad_weight, grad_bias = ResidualNormBackward.apply(
+            grad_y, grad_sum, total, mean, rstd, weight, seed, *ctx.numbers, ctx.x_dtype, ctx.residual_dtype,
+            ctx.bias_dtype,
+        )  # fmt: skip
+        if ctx.residual_dtype is None:
+            grad_residual = None
+        elif grad_residual.dim() == 1:  # the same numbers as grad_x
+            grad_residual = grad_x
+        grad_weight = None if weight is None else grad_weight
+        return grad_x, grad_residual, grad_weight, grad_bias if ctx.bias_dtype else None, *(None,) * 6
+
+    @staticmethod
+    def vmap(info, in_dims, *operands):
+        return _vmap(ResidualNorm, info, in_dims, operands)
+
+
+class ResidualNormBackward(torch.autograd.Function):
+    """The gradients, themselves differentiable once: through the formula in torch operations."""
+
+    @staticmethod
+    def forward(
+        grad_y,
+        grad_sum,
+        total,
+        mean,
+        rstd,
+        weight,
+        seed,
+        eps,
+        dropout_p,
+        rms,
+        x_dtype,
+        residual_dtype,
+        bias_dtype,
+    ):
+        grad_y = _rows(grad_y.to(x_dtype))
+        grad_sum = None if grad_sum is None else _rows(grad_sum)
+        return _backward(
+            grad_y,
+            grad_sum,
+            total,
+            mean,
+            rstd,
+            weight,
+            seed,
+            dropout_p,
+            rms,
+            x_dtype,
+            residual_dtype,
+            bias_dtype,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_y, grad_sum, total, _mean, _rstd, weight, seed, *ctx.numbers = inputs
+        ctx.save_for_backward(grad_y, grad_sum, total, weight, seed)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_grad_x, grad_grad_residual, grad_grad_weight, grad_grad_bias):
+        grad_y, grad_sum, total, weight, seed = ctx.saved_tensors
+        eps, dropout_p, rms, x_dtype, residual_dtype, bias_dtype = ctx.numbers
+        if all(g is None for g in (grad_grad_x, grad_grad_residual, grad_grad_weight, grad_grad_bias)):
+            return (None,) * 13
+        apart = residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
+        inputs = [
+            None if t is None else t.detach().requires_grad_() for t in (grad_y, grad_sum, total, weight)
+        ]
+        gy, gs, h, w = inputs
+        wide = _statistics_dtype(x_dtype)
+        with torch.enable_grad():
+            rows = h.to(wide)
+            y = normalize(rows, w, None, eps, rms)
+            wanted = [rows] if w is None else [rows, w]
+            dh, *dw = torch.autograd.grad(y, wanted, gy.to(wide), create_graph=True)
+            if gs is not None:
+                dh = dh + gs.to(wide)
+            pairs = [(grad_grad_residual, dh)] if apart else []
+            if dropout_p > 0:
+                kept = norm_dropout_mask(seed, *h.shape, dropout_p, device=h.device)
+                dh = dh * (kept * keep_scale(dropout_p))
+            pairs.append((grad_grad_x, dh))
+            pairs += [(grad_grad_weight, g) for g in dw]
+            if bias_dtype is not None:
+                pairs.append((grad_grad_bias, gy.to(wide).sum(0)))
+            inner = sum((gg.to(g.dtype) * g).sum() for gg, g in pairs if gg is not None)
+            present = [t for t in inputs if t is not None]
+            seconds = iter(torch.autograd.grad(inner, present, allow_unused=True))
+        grads = [None if t is None else next(seconds) for t in inputs]
+        return grads[0], grads[1], grads[2], None, None, grads[3], *(None,) * 7
+
+    @staticmethod
+    def vmap(info, in_dims, *operands):
+        return _vmap(ResidualNormBackward, info, in_dims, operands)
+
+
+def _rows(t):
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _vmap(function, info, in_dims, operands):
+    """One call per entry: parameters may be mapped too, and dropout counts rows from 0 in each call."""
+    results = []
+    for index in range(info.batch_size):
+        one = [
+            _rows(x.select(dim, index)) if isinstance(x, torch.Tensor) and dim is not None else x
+            for x, dim in zip(operands, in_dims, strict=True)
+        ]
+        results.append(function.apply(*one))
+    return tuple(torch.stack(t) for t in zip(*results, strict=True)), (0,) * len(results[0])
