@@ -81,9 +81,7 @@ def cuda_toolkit_from_environment():
     found = all((home / file).is_file() for file in ("include/cuda_runtime.h", "bin/nvcc"))
     if setting == "1":
         if not found:
-            raise SystemExit(
-                f"TFORMER_CUDA=1: {home} is no CUDA toolkit (no cuda_runtime.h, nvcc); set CUDA_HOME"
-            )
+            raise SystemExit(f"TFORMER_CUDA=1: {home} is no CUDA toolkit (no cuda_runtime.h, nvcc); set CUDA_HOME")
         return home
     import torch
 
@@ -131,9 +129,7 @@ class Compiler:
     def __init__(self):
         self.command = shlex.split(os.environ.get("CXX", "c++"))
         if shutil.which(self.command[0]) is None:
-            raise SystemExit(
-                f"tformer_ext needs a C++17 compiler: {self.command[0]!r} is not on PATH (set CXX)"
-            )
+            raise SystemExit(f"tformer_ext needs a C++17 compiler: {self.command[0]!r} is not on PATH (set CXX)")
 
     def accepts(self, flags):
         """Whether the compiler knows these flags (an unknown warning is only an error with -Werror)."""
@@ -224,9 +220,7 @@ class Build(build_ext):
         ninja = NinjaFile(folder)
         compiler = Compiler()
         isa_flags = compiler.isa_flags()
-        debug = (
-            ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"] if self.sanitizers else []
-        )
+        debug = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"] if self.sanitizers else []
         debug += [f"-fsanitize={name}" for name in self.sanitizers]
         # The last of two contradicting flags wins: the sanitizers' over ours, the user's over both.
         last = [*debug, *shlex.split(os.environ.get("CFLAGS", ""))]
@@ -244,11 +238,9 @@ class Build(build_ext):
         info = self.write_build_info(folder, torch, isa_flags, last)
         objects = ninja.compile("host", [*HOST_SOURCES, info.relative_to(ROOT)], host)
         # Nothing of libtorch.so itself is used, but needing it lets the loader find what is in libtorch_cuda.
-        torch_libraries = "-Wl,--push-state,--no-as-needed,-ltorch,-ltorch_cpu,--pop-state"
-        libraries += [f"-L{Path(torch.__file__).parent}/lib", torch_libraries]
-        ninja.link(
-            folder / "_C.so", objects + kernels + cuda, [*compiler.command, "-shared", *last], libraries
-        )
+        torch_libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        libraries += [f"-L{Path(torch.__file__).parent}/lib", *torch_libraries]
+        ninja.link(folder / "_C.so", objects + kernels + cuda, [*compiler.command, "-shared", *last], libraries)
         ninja.run()
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(target))
@@ -258,9 +250,7 @@ class Build(build_ext):
         """A folder per Python, torch and sanitizer: switching between them keeps each one's objects."""
         parts = [sys.implementation.cache_tag, f"torch{torch.__version__}", *self.sanitizers]
         if Path(torch.__file__).is_relative_to(tempfile.gettempdir()):
-            parts.append(
-                "isolated"
-            )  # pip's throw-away environment: its paths, and so all commands, differ every time
+            parts.append("isolated")  # pip's throw-away environment: its paths, and so all commands, differ every time
         return ROOT / "build" / "-".join(parts)
 
     def add_cuda(self, ninja, host):

@@ -11,10 +11,7 @@ struct KeyRange {
   int64_t left, right;  // reach from the diagonal; -1 = unbounded
 
   KeyRange(const AttentionParams& p, const Sequence& s)
-      : Sk(s.Sk),
-        offset(p.causal == kUpperLeft ? 0 : s.Sk - s.Sq),
-        left(p.window_left),
-        right(p.window_right) {
+      : Sk(s.Sk), offset(p.causal == kUpperLeft ? 0 : s.Sk - s.Sq), left(p.window_left), right(p.window_right) {
     if (p.causal != kNotCausal) right = 0;  // a window can only narrow what causality leaves
   }
 

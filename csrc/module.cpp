@@ -3,9 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/isa.h"
+#include "params.h"
 
 namespace tformer {
 extern const char* const build_info_json;  // written by setup.py
@@ -29,6 +33,39 @@ py::dict build_info() {
   return info;
 }
 
+tformer::DType dtype_of(const std::string& name) {
+  if (name == "float64") return tformer::DType::f64;
+  if (name == "float32") return tformer::DType::f32;
+  if (name == "bfloat16") return tformer::DType::bf16;
+  if (name == "float16") return tformer::DType::f16;
+  throw std::invalid_argument("dtype: expected one of float64, float32, bfloat16, float16, got '" + name + "'");
+}
+
+// Operations per second of the calling thread: the fastest of many short runs, since whatever disturbs one slows it.
+double measure_ceiling(const std::string& kind, const std::string& dtype_name, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const tformer::CpuKernels& kernels = tformer::cpu_kernels();
+  const tformer::DType dtype = dtype_of(dtype_name);
+  if (kind != "fma" && kind != "exp") throw std::invalid_argument("kind: expected fma or exp, got '" + kind + "'");
+  const auto run = kind == "fma" ? kernels.fma_operations : kernels.exp_operations;
+  const auto since = [](Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  const Clock::time_point begin = Clock::now();
+  double best = 0;
+  for (int64_t rounds = 1; best == 0 || since(begin) < seconds;) {
+    const Clock::time_point start = Clock::now();
+    const double operations = run(dtype, rounds);
+    const double elapsed = since(start);
+    if (elapsed < 0.5e-3) {
+      rounds *= 2;
+    } else {
+      best = std::max(best, operations / elapsed);
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -44,6 +81,9 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_isa", [](const std::string& name) { tformer::set_cpu_isa(name); }, py::arg("name"),
       "Uses the kernels of this instruction set from now on, in all threads. ValueError lists what can be.");
   m.def("vector_bytes", [] { return tformer::cpu_kernels().vector_bytes; }, "Width of its vector registers.");
+  m.def("measure_ceiling", &measure_ceiling, py::arg("kind"), py::arg("dtype"), py::arg("seconds") = 0.02,
+        py::call_guard<py::gil_scoped_release>(),
+        "Operations per second of this thread: kind fma (a multiply-add is two) or exp, dtype a name like float32.");
   m.def("build_info", &build_info,
         "How this was built: version, commit, torch, cuda, sanitize, flags (per instruction set), compiler.");
 }

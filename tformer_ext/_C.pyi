@@ -17,5 +17,8 @@ def set_cpu_isa(name: str) -> None:
 def vector_bytes() -> int:
     """Width of a vector register of the instruction set in use, in bytes."""
 
+def measure_ceiling(kind: str, dtype: str, seconds: float = 0.02) -> float:
+    """Operations per second of this thread: kind fma (a multiply-add is two) or exp, dtype a name like float32."""
+
 def build_info() -> dict[str, Any]:
     """How this was built: version, commit, torch, cuda, sanitize, flags (per instruction set), compiler."""

@@ -68,13 +68,9 @@ def check_qkv(query, key, value):
             f"value: expected (B, Hk, Sk, Dv) with the first three as in key {_shape(key)}, got {_shape(value)}"
         )
     if D == 0 or value.shape[3] == 0:
-        raise ValueError(
-            f"query, value: expected head dimensions above 0, got {_shape(query)}, {_shape(value)}"
-        )
+        raise ValueError(f"query, value: expected head dimensions above 0, got {_shape(query)}, {_shape(value)}")
     if key.shape[1] == 0 or Hq == 0 or Hq % key.shape[1]:
-        raise ValueError(
-            f"query: expected the number of heads to be a multiple of key's {key.shape[1]}, got {Hq}"
-        )
+        raise ValueError(f"query: expected the number of heads to be a multiple of key's {key.shape[1]}, got {Hq}")
 
 
 def score_operand(name, t, full):
@@ -99,9 +95,7 @@ def causal_code(causal):
     try:
         return CAUSAL[causal]
     except (KeyError, TypeError):
-        raise ValueError(
-            f'causal: expected False, True, "upper_left" or "lower_right", got {causal!r}'
-        ) from None
+        raise ValueError(f'causal: expected False, True, "upper_left" or "lower_right", got {causal!r}') from None
 
 
 def window_pair(window):
@@ -119,7 +113,7 @@ def window_pair(window):
 
 def softcap_value(softcap):
     softcap = _number("softcap", 0.0 if softcap is None else softcap)
-    if not (softcap >= 0 and math.isfinite(softcap)):
+    if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}")
     return softcap
 
@@ -163,9 +157,7 @@ def alibi(slopes, B, Hq, device):
     if _shape(slopes) not in ((Hq,), (B, Hq)):
         raise ValueError(f"alibi_slopes: expected shape ({Hq},) or ({B}, {Hq}), got {_shape(slopes)}")
     if slopes.requires_grad:
-        raise ValueError(
-            "alibi_slopes: expected constants, got a tensor that requires grad; use bias= to train it"
-        )
+        raise ValueError("alibi_slopes: expected constants, got a tensor that requires grad; use bias= to train it")
     same_device("alibi_slopes", slopes, device)
     return slopes.float()
 
@@ -212,11 +204,7 @@ def cumulative(name, cu_seqlens, total, device, size=None):
         raise ValueError(f"{name}: expected (sequences + 1) entries, the first 0, got none")
     if _readable(t):
         values = t.tolist()
-        if (
-            values[0] != 0
-            or values[-1] != total
-            or any(a > b for a, b in zip(values, values[1:], strict=False))
-        ):
+        if values[0] != 0 or values[-1] != total or any(a > b for a, b in zip(values, values[1:], strict=False)):
             raise ValueError(f"{name}: expected 0 ... {total}, never falling, got {values}")
     return t
 
@@ -251,9 +239,7 @@ def check_norm(x, residual, weight, bias, residual_dtype):
         same_device("residual", residual, x.device)
         sum_dtype = torch.promote_types(x.dtype, residual.dtype)
         if sum_dtype not in allowed:
-            raise TypeError(
-                f"residual: expected dtype {' or '.join(map(str, allowed))}, got {residual.dtype}"
-            )
+            raise TypeError(f"residual: expected dtype {' or '.join(map(str, allowed))}, got {residual.dtype}")
     if residual_dtype is not None:
         if residual_dtype not in allowed:
             raise TypeError(

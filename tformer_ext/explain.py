@@ -41,9 +41,7 @@ def explain(query, key, value, **options):
         torch.float64: "float64 multiply-add",
         torch.float32: "float32 multiply-add",
         torch.float16: "float16 widened to float32",
-        torch.bfloat16: "bfloat16 pairs into float32 (vdpbf16ps)"
-        if native_bf16
-        else "bfloat16 widened to float32",
+        torch.bfloat16: "bfloat16 pairs into float32 (vdpbf16ps)" if native_bf16 else "bfloat16 widened to float32",
     }[query.dtype]
     if query.dtype == torch.bfloat16 and not native_bf16:
         why = (
@@ -60,8 +58,6 @@ def explain(query, key, value, **options):
             notes.append(f"{name} is copied: its last dimension has stride {t.stride(-1)}, not 1")
     bias = options.get("bias")
     if bias is not None and bias.requires_grad:
-        notes.append(
-            "the bias wants a gradient: where batches or heads share it, backward computes scores twice"
-        )
+        notes.append("the bias wants a gradient: where batches or heads share it, backward computes scores twice")
     notes.append("a second derivative runs through the reference in PyTorch operations")
     return Explanation("cpu", isa, product, _C.vector_bytes(), tuple(notes))

@@ -18,7 +18,7 @@ __all__ = [
 def _autocast(*tensors):
     """Under autocast, matrix products run in its dtype: float32 and 16-bit inputs are cast to it."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float32, torch.bfloat16, torch.float16)
@@ -294,11 +294,8 @@ def _residual_norm(x, residual, weight, bias, rms, eps, dropout_p, seed, return_
     def rows(t):
         if t is None:
             return None
-        t = (
-            t
-            if t.dim() == 2 and dims == 1
-            else t.reshape(shape.numel() // N if N else shape[:-dims].numel(), N)
-        )
+        if t.dim() != 2 or dims != 1:
+            t = t.reshape(-1, N) if N else t.reshape(shape[:-dims].numel(), 0)
         return check.unit_stride(t)
 
     rest = None if residual is None else rows(residual)

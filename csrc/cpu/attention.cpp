@@ -20,8 +20,7 @@ double visible_pairs(const AttentionParams& p, const Sequence& s, int64_t q_begi
   const int64_t step = std::max<int64_t>((q_end - q_begin) / 16, 1);
   for (int64_t i = q_begin; i < q_end; i += step) {
     const int64_t visible = range.end(i) - range.begin(i);
-    pairs +=
-        static_cast<double>(std::max<int64_t>(visible, 0)) * static_cast<double>(std::min(step, q_end - i));
+    pairs += static_cast<double>(std::max<int64_t>(visible, 0)) * static_cast<double>(std::min(step, q_end - i));
   }
   return pairs;
 }
@@ -67,8 +66,7 @@ Work forward_work(const AttentionParams& p) {
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = sequence_of(p, b);
     // below two units a part would spend its time packing keys
-    const int64_t rows =
-        std::max(round_up((s.Sq + parts - 1) / parts, kRowsUnit), std::min(2 * kRowsUnit, s.Sq));
+    const int64_t rows = std::max(round_up((s.Sq + parts - 1) / parts, kRowsUnit), std::min(2 * kRowsUnit, s.Sq));
     for (int64_t h = 0; h < p.Hq; h += group) {
       for (int64_t i = 0; i < s.Sq; i += rows) {
         const int64_t end = std::min(i + rows, s.Sq);
@@ -87,8 +85,7 @@ void add_key_tasks(const AttentionParams& p, Work& work, int64_t parts, bool wit
   const int64_t group = p.Hq / p.Hk;
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = sequence_of(p, b);
-    const int64_t length =
-        p.cu_seqlens_k ? s.Sk : p.Sk;  // gradients of keys past key_lengths are written too
+    const int64_t length = p.cu_seqlens_k ? s.Sk : p.Sk;  // gradients of keys past key_lengths are written too
     const int64_t keys = std::max(round_up((length + parts - 1) / parts, kKeysUnit), kKeysUnit);
     const double pairs = visible_pairs(p, s, 0, s.Sq) * static_cast<double>(group * (p.D + p.Dv) * 2);
     for (int64_t h = 0; h < p.Hq; h += group) {
@@ -113,9 +110,8 @@ void add_query_tasks(const AttentionParams& p, Work& work, int64_t parts, bool w
       for (int64_t i = 0; i < s.Sq; i += rows) {
         const int64_t end = std::min(i + rows, s.Sq);
         const double width = static_cast<double>(b_step * h_step * (p.D + p.Dv));
-        work.add(
-            {b, b + b_step, h, h + h_step, i, end, 0, p.cu_seqlens_k ? s.Sk : p.Sk, true, false, with_dbias},
-            width * 1.5 * visible_pairs(p, s, i, end));
+        work.add({b, b + b_step, h, h + h_step, i, end, 0, p.cu_seqlens_k ? s.Sk : p.Sk, true, false, with_dbias},
+                 width * 1.5 * visible_pairs(p, s, i, end));
       }
     }
   }
@@ -125,8 +121,7 @@ void add_query_tasks(const AttentionParams& p, Work& work, int64_t parts, bool w
 // otherwise dq apart from dk and dv (seven products). Both give the same bits.
 Work backward_work(const AttentionParams& p, bool bias_has_rows) {
   Work work;
-  const bool shared_bias =
-      p.grad_bias && bias_has_rows && (p.grad_bias_stride[0] == 0 || p.grad_bias_stride[1] == 0);
+  const bool shared_bias = p.grad_bias && bias_has_rows && (p.grad_bias_stride[0] == 0 || p.grad_bias_stride[1] == 0);
   const int64_t heads = p.B * p.Hk, threads = thread_count();
   const double rounds = std::ceil(static_cast<double>(heads) / static_cast<double>(threads));
   const bool busy = rounds * static_cast<double>(threads) < 1.4 * static_cast<double>(heads);
@@ -143,14 +138,13 @@ Work backward_work(const AttentionParams& p, bool bias_has_rows) {
 }
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
-                                             OptionalTensor mask, OptionalTensor alibi_slopes,
-                                             OptionalTensor sinks, OptionalTensor key_lengths,
-                                             OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                             OptionalTensor dropout_seed, int64_t causal, int64_t window_left,
-                                             int64_t window_right, double scale, double softcap,
+                                             OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                             OptionalTensor key_lengths, OptionalTensor cu_seqlens_q,
+                                             OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed, int64_t causal,
+                                             int64_t window_left, int64_t window_right, double scale, double softcap,
                                              double dropout_p) {
-  AttentionParams p = attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths,
-                                       cu_seqlens_q, cu_seqlens_k);
+  AttentionParams p =
+      attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
   set_options(p, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
   Tensor out = empty_in_order_of(query, {query.size(0), p.Hq, query.size(2), p.Dv});
   Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
@@ -224,11 +218,10 @@ struct BiasGradient {
       Tensor sum = empty(shape, accumulator_type(p.dtype), *bias);
       torch::stable::zero_(sum);
       if (p.dtype == DType::f64) {
-        sum_to_shape(static_cast<const double*>(p.grad_bias), sizes,
-                     static_cast<double*>(sum.mutable_data_ptr()), shape);
+        sum_to_shape(static_cast<const double*>(p.grad_bias), sizes, static_cast<double*>(sum.mutable_data_ptr()),
+                     shape);
       } else {
-        sum_to_shape(static_cast<const float*>(p.grad_bias), sizes,
-                     static_cast<float*>(sum.mutable_data_ptr()), shape);
+        sum_to_shape(static_cast<const float*>(p.grad_bias), sizes, static_cast<float*>(sum.mutable_data_ptr()), shape);
       }
       accumulator = sum;
     }
@@ -239,16 +232,17 @@ struct BiasGradient {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
     OptionalTensor bias, OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
-    OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor dropout_seed, bool bias_needs_grad, int64_t causal, int64_t window_left,
-    int64_t window_right, double scale, double softcap, double dropout_p) {
-  AttentionParams p = attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths,
-                                       cu_seqlens_q, cu_seqlens_k);
+    OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
+    bool bias_needs_grad, int64_t causal, int64_t window_left, int64_t window_right, double scale, double softcap,
+    double dropout_p) {
+  AttentionParams p =
+      attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
   set_options(p, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
   check_like(grad_out, "grad_out", {query.size(0), p.Hq, query.size(2), p.Dv}, query.scalar_type());
   check_like(out, "out", {query.size(0), p.Hq, query.size(2), p.Dv}, query.scalar_type());
   check_like(lse, "lse", {query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype));
-  check(grad_out.size(3) == 1 || grad_out.stride(3) == 1, "grad_out: expected a last stride of 1");
+  check(grad_out.size(3) == 1 || grad_out.stride(3) == 1 || grad_out.numel() == 0,
+        "grad_out: expected a last stride of 1");
   check(lse.is_contiguous(), "lse: expected a contiguous tensor");
   p.o = rows_of(out, p.cu_seqlens_q);
   p.grad_o = rows_of(grad_out, p.cu_seqlens_q);
@@ -279,8 +273,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const AttentionTask& task = work.tasks[static_cast<size_t>(n)];
     kernels.attention_backward(p, task, ThreadScratch::get(kernels.attention_backward_scratch(p, task)));
   });
-  Tensor grad_sinks = sinks.has_value() ? sum_over_batches(sink_parts, p.B, p.Hq, *sinks)
-                                        : empty({0}, ScalarType::Float, query);
+  Tensor grad_sinks =
+      sinks.has_value() ? sum_over_batches(sink_parts, p.B, p.Hq, *sinks) : empty({0}, ScalarType::Float, query);
   return {grad_query, grad_key, grad_value, bias_gradient.result(p, bias, query), grad_sinks};
 }
 

@@ -12,6 +12,7 @@
 
 namespace tformer {
 
+enum class DType : int32_t;
 struct AttentionParams;
 struct AttentionTask;
 struct NormParams;
@@ -31,6 +32,10 @@ struct CpuKernels {
   void (*norm_forward)(const NormParams&, int64_t row_begin, int64_t row_end, void* scratch);
   void (*norm_backward)(const NormParams&, int64_t chunk, void* scratch);
   size_t (*norm_scratch)(const NormParams&);
+
+  // Do so many rounds of nothing but arithmetic and give the number of operations: see kernels/ceilings.h.
+  double (*fma_operations)(DType, int64_t rounds);
+  double (*exp_operations)(DType, int64_t rounds);
 };
 
 // The table in force. An op reads it once per call, so a change of ISA never splits a call.

@@ -15,27 +15,25 @@ int64_t rows_per_chunk(int64_t M) {
 }
 
 void check_rows(const Tensor& t, const char* name, int64_t M, int64_t N) {
-  check(t.dim() == 2 && t.size(0) == M && t.size(1) == N && (N == 1 || t.stride(1) == 1), name,
+  check(t.dim() == 2 && t.size(0) == M && t.size(1) == N && (N == 1 || t.stride(1) == 1 || t.numel() == 0), name,
         ": expected (rows, width) with a last stride of 1");
 }
 
 // weight or bias in the arithmetic type: they are read by every row, so converting them once is free.
 std::optional<Tensor> parameter(const OptionalTensor& t, const char* name, int64_t N, DType dtype) {
   if (!t.has_value()) return std::nullopt;
-  check(t->dim() == 1 && t->size(0) == N && t->is_contiguous(), name,
-        ": expected a contiguous vector of the width");
+  check(t->dim() == 1 && t->size(0) == N && t->is_contiguous(), name, ": expected a contiguous vector of the width");
   if (t->scalar_type() == accumulator_type(dtype)) return t;
   return torch::stable::to(*t, accumulator_type(dtype));
 }
 
-void set_common(NormParams& p, const Tensor& x, ScalarType sum_dtype, double dropout_p,
-                const OptionalTensor& seed, bool rms) {
+void set_common(NormParams& p, const Tensor& x, ScalarType sum_dtype, double dropout_p, const OptionalTensor& seed,
+                bool rms) {
   p.M = x.size(0), p.N = x.size(1);
   p.dtype = dtype_of(x, "x");
   p.sum_dtype = sum_dtype == x.scalar_type() ? p.dtype : DType::f32;
   const bool narrow = p.dtype == DType::bf16 || p.dtype == DType::f16;
-  check(p.dtype != DType::boolean &&
-            (sum_dtype == x.scalar_type() || (narrow && sum_dtype == ScalarType::Float)),
+  check(p.dtype != DType::boolean && (sum_dtype == x.scalar_type() || (narrow && sum_dtype == ScalarType::Float)),
         "sum_dtype: expected the dtype of x, or float32 beside a 16-bit x");
   check(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1");
   p.dropout_p = dropout_p;
@@ -60,8 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_forward(Tensor x, Optio
     check(residual->scalar_type() == sum_dtype, "residual: expected dtype sum_dtype");
     p.residual = residual->const_data_ptr(), p.residual_stride = residual->stride(0);
   }
-  const auto wide_weight = parameter(weight, "weight", p.N, p.dtype),
-             wide_bias = parameter(bias, "bias", p.N, p.dtype);
+  const auto wide_weight = parameter(weight, "weight", p.N, p.dtype), wide_bias = parameter(bias, "bias", p.N, p.dtype);
   p.weight = pointer<void>(wide_weight), p.bias = pointer<void>(wide_bias);
   const ScalarType statistics = accumulator_type(p.dtype);
   Tensor y = empty({p.M, p.N}, x.scalar_type(), x);
@@ -75,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_forward(Tensor x, Optio
     const CpuKernels& kernels = cpu_kernels();
     const int64_t rows = rows_per_chunk(p.M), chunks = (p.M + rows - 1) / rows;
     parallel_tasks(chunks, cost_of(p), [&](int64_t n) {
-      kernels.norm_forward(p, n * rows, std::min((n + 1) * rows, p.M),
-                           ThreadScratch::get(kernels.norm_scratch(p)));
+      kernels.norm_forward(p, n * rows, std::min((n + 1) * rows, p.M), ThreadScratch::get(kernels.norm_scratch(p)));
     });
   } else {
     torch::stable::zero_(rstd);
@@ -108,19 +104,19 @@ Tensor summed(const Tensor& partial, DType dtype, ScalarType type) {
   return type == out.scalar_type() ? out : torch::stable::to(out, type);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
-    Tensor grad_y, OptionalTensor grad_sum, Tensor sum, Tensor mean, Tensor rstd, OptionalTensor weight,
-    OptionalTensor dropout_seed, double dropout_p, bool rms, ScalarType x_dtype,
-    std::optional<ScalarType> residual_dtype, std::optional<ScalarType> bias_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y, OptionalTensor grad_sum, Tensor sum,
+                                                                  Tensor mean, Tensor rstd, OptionalTensor weight,
+                                                                  OptionalTensor dropout_seed, double dropout_p,
+                                                                  bool rms, ScalarType x_dtype,
+                                                                  std::optional<ScalarType> residual_dtype,
+                                                                  std::optional<ScalarType> bias_dtype) {
   NormParams p{};
-  check(grad_y.dim() == 2 && grad_y.scalar_type() == x_dtype,
-        "grad_y: expected 2 dimensions and the dtype of x");
+  check(grad_y.dim() == 2 && grad_y.scalar_type() == x_dtype, "grad_y: expected 2 dimensions and the dtype of x");
   set_common(p, grad_y, sum.scalar_type(), dropout_p, dropout_seed, rms);
   check_rows(grad_y, "grad_y", p.M, p.N);
   check_rows(sum, "sum", p.M, p.N);
   const ScalarType statistics = accumulator_type(p.dtype);
-  check(rstd.numel() == p.M && rstd.scalar_type() == statistics && rstd.is_contiguous(),
-        "rstd: expected (rows)");
+  check(rstd.numel() == p.M && rstd.scalar_type() == statistics && rstd.is_contiguous(), "rstd: expected (rows)");
   check(rms || (mean.numel() == p.M && mean.scalar_type() == statistics && mean.is_contiguous()),
         "mean: expected (rows)");
   check(!residual_dtype || *residual_dtype == sum.scalar_type(), "residual_dtype: expected the dtype of sum");
@@ -151,12 +147,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
 
   if (p.N > 0) {
     const CpuKernels& kernels = cpu_kernels();
-    parallel_tasks(chunks, cost_of(p), [&](int64_t n) {
-      kernels.norm_backward(p, n, ThreadScratch::get(kernels.norm_scratch(p)));
-    });
+    parallel_tasks(chunks, cost_of(p),
+                   [&](int64_t n) { kernels.norm_backward(p, n, ThreadScratch::get(kernels.norm_scratch(p))); });
   }
-  Tensor grad_weight =
-      weight ? summed(partial_weight, p.dtype, weight->scalar_type()) : empty({0}, x_dtype, grad_y);
+  Tensor grad_weight = weight ? summed(partial_weight, p.dtype, weight->scalar_type()) : empty({0}, x_dtype, grad_y);
   Tensor grad_bias = bias_dtype ? summed(partial_bias, p.dtype, *bias_dtype) : empty({0}, x_dtype, grad_y);
   return {grad_x, grad_residual, grad_weight, grad_bias};
 }

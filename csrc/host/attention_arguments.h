@@ -16,8 +16,7 @@ inline Rows rows_of(const Tensor& t, const void* packed) {
   return {const_cast<void*>(t.const_data_ptr()), {packed ? 0 : t.stride(0), t.stride(1), t.stride(2)}};
 }
 
-inline ScoreOperand score_operand(const OptionalTensor& t, const char* name, const AttentionParams& p,
-                                  bool boolean) {
+inline ScoreOperand score_operand(const OptionalTensor& t, const char* name, const AttentionParams& p, bool boolean) {
   ScoreOperand operand{nullptr, DType::f32, {0, 0, 0, 0}};
   if (!t.has_value()) return operand;
   const int64_t full[4] = {p.B, p.Hq, p.Sq, p.Sk};
@@ -64,7 +63,7 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& key, 
   check(p.D > 0 && p.Dv > 0 && p.Hk > 0 && p.Hq > 0 && p.Hq % p.Hk == 0,
         "query: expected heads to be a multiple of key's, and head dimensions above 0");
   for (const Tensor* t : {&query, &key, &value}) {
-    check(t->size(3) == 1 || t->stride(3) == 1, "query, key, value: expected a last stride of 1");
+    check(t->size(3) == 1 || t->stride(3) == 1 || t->numel() == 0, "query, key, value: expected a last stride of 1");
   }
   p.cu_seqlens_q = int32_vector(cu_seqlens_q, "cu_seqlens_q");
   p.cu_seqlens_k = int32_vector(cu_seqlens_k, "cu_seqlens_k");
@@ -102,17 +101,15 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& key, 
   }
   if (sinks.has_value()) {
     p.sinks_dtype = dtype_of(*sinks, "sinks");
-    check(sinks->dim() == 1 && sinks->size(0) == p.Hq && sinks->is_contiguous() &&
-              p.sinks_dtype != DType::boolean,
+    check(sinks->dim() == 1 && sinks->size(0) == p.Hq && sinks->is_contiguous() && p.sinks_dtype != DType::boolean,
           "sinks: expected a contiguous floating (Hq)");
     p.sinks = sinks->const_data_ptr();
   }
   return p;
 }
 
-inline void set_options(AttentionParams& p, const OptionalTensor& dropout_seed, int64_t causal,
-                        int64_t window_left, int64_t window_right, double scale, double softcap,
-                        double dropout_p) {
+inline void set_options(AttentionParams& p, const OptionalTensor& dropout_seed, int64_t causal, int64_t window_left,
+                        int64_t window_right, double scale, double softcap, double dropout_p) {
   check(causal >= kNotCausal && causal <= kLowerRight, "causal: expected 0, 1 or 2");
   check(window_left >= -1 && window_right >= -1, "window: expected -1 or more");
   check(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1");

@@ -67,9 +67,7 @@ inline ScalarType scalar_type_of(DType dtype) {
 }
 
 // The type of statistics and of accumulators kept between kernels.
-inline ScalarType accumulator_type(DType dtype) {
-  return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-}
+inline ScalarType accumulator_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
 using Sizes = std::vector<int64_t>;
 
@@ -89,8 +87,8 @@ inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType
   const int32_t device_type = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                               device_type, like.get_device_index(), &handle));
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+                               like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -77,9 +77,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     @staticmethod
     def _transposed(query, key, value):
         if key is value:
-            query, key = (
-                (query.transpose(0, 1),) * 2 if query is key else (t.transpose(0, 1) for t in (query, key))
-            )
+            query, key = (query.transpose(0, 1),) * 2 if query is key else (t.transpose(0, 1) for t in (query, key))
             return query, key, key
         return tuple(t.transpose(0, 1) for t in (query, key, value))
 
@@ -94,19 +92,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, t in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if t is not None and t.dtype != torch.bool and not t.is_floating_point():
                 raise AssertionError(f"only bool and floating types of {name} are supported")
-        if (
-            key_padding_mask is not None
-            and attn_mask is not None
-            and key_padding_mask.dtype != attn_mask.dtype
-        ):
+        if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
             warnings.warn(
                 "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
                 stacklevel=3,
             )
         if query.shape[-1] != self.embed_dim:
-            raise AssertionError(
-                f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}"
-            )
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
         same = key.shape == value.shape if self._qkv_same_embed_dim else key.shape[:-1] == value.shape[:-1]
         if not same:
             raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
@@ -117,9 +109,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if attn_mask is not None and attn_mask.dim() == 2 and attn_mask.shape != (L, S):
             raise RuntimeError(f"The shape of the 2D attn_mask is {attn_mask.shape}, but should be {(L, S)}.")
         if attn_mask is not None and attn_mask.dim() == 3 and attn_mask.shape != (N * H, L, S):
-            raise RuntimeError(
-                f"The shape of the 3D attn_mask is {attn_mask.shape}, but should be {(N * H, L, S)}."
-            )
+            raise RuntimeError(f"The shape of the 3D attn_mask is {attn_mask.shape}, but should be {(N * H, L, S)}.")
         if key_padding_mask is not None:
             expected = (N, S) if query.dim() == 3 else (S,)
             if tuple(key_padding_mask.shape) != expected:
@@ -133,9 +123,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            return tuple(
-                linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True)
-            )
+            return tuple(linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
         weight = self.in_proj_weight
         if query is key and key is value:
             return linear(query, weight, bias).chunk(3, -1)
@@ -143,9 +131,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             q = linear(query, weight[:E], None if bias is None else bias[:E])
             return q, *linear(key, weight[E:], None if bias is None else bias[E:]).chunk(2, -1)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(
-            linear(t, w, b) for t, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
-        )
+        return tuple(linear(t, w, b) for t, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
 
     def _append_rows(self, k, v, attn_mask, key_padding_mask):
         """The extra keys of add_bias_kv and add_zero_attn, which no mask hides."""

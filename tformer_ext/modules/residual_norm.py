@@ -31,9 +31,7 @@ class _Residual:
             "return_residual": self.return_residual,
             "residual_dtype": self.residual_dtype,
         }
-        if (
-            self.weight is None and len(self.normalized_shape) > 1
-        ):  # only a weight says how many dimensions to take
+        if self.weight is None and len(self.normalized_shape) > 1:  # only a weight says how many dimensions to take
             shape = x.shape
             flat = [None if t is None else t.flatten(-len(self.normalized_shape)) for t in (x, residual)]
             out = function(*flat, None, None, **options)

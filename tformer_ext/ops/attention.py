@@ -134,9 +134,7 @@ class AttentionBackward(torch.autograd.Function):
     def backward(ctx, *grad_grads):
         grad_out, grad_lse, *tensors = ctx.saved_tensors
         grads = _double_backward(grad_grads, grad_out, grad_lse, tensors, ctx.numbers, ctx.bias_needs_grad)
-        by_name = dict(
-            zip(("grad_out", "grad_lse", "query", "key", "value", "bias", "sinks"), grads, strict=True)
-        )
+        by_name = dict(zip(("grad_out", "grad_lse", "query", "key", "value", "bias", "sinks"), grads, strict=True))
         return (
             by_name["grad_out"],
             by_name["grad_lse"],
@@ -168,8 +166,7 @@ def _vmap(function, info, in_dims, operands, leading):
     foldable = all(t is None for t in (tensors[3], *tensors[5:7], *tensors[8:]))
     if foldable and n > 0:
         folded = [
-            _fold(x, dim, n, B) if isinstance(x, torch.Tensor) else x
-            for x, dim in zip(operands, dims, strict=True)
+            _fold(x, dim, n, B) if isinstance(x, torch.Tensor) else x for x, dim in zip(operands, dims, strict=True)
         ]
         outs = function.apply(*folded)
         outs = tuple(t.unflatten(0, (n, B)) if t.dim() > 1 else t.expand(n, *t.shape) for t in outs)
@@ -213,9 +210,7 @@ def _double_backward(grad_grads, grad_out, grad_lse, tensors, numbers, bias_need
     inputs = {"grad_out": grad_out, "grad_lse": grad_lse, "query": query, "key": key, "value": value,
               "bias": bias, "sinks": sinks}  # fmt: skip
     total = {name: None if t is None else torch.zeros_like(t) for name, t in inputs.items()}
-    by_rows = {"grad_out", "grad_lse", "query"} | (
-        {"bias"} if bias is not None and bias.shape[2] > 1 else set()
-    )
+    by_rows = {"grad_out", "grad_lse", "query"} | ({"bias"} if bias is not None and bias.shape[2] > 1 else set())
 
     for n, rows, keys, first_row, total_rows in _row_blocks(query, key, cu_q, cu_k):
         part = {}
@@ -248,9 +243,7 @@ def _double_backward(grad_grads, grad_out, grad_lse, tensors, numbers, bias_need
             grads = torch.autograd.grad(
                 outputs, [t for t, _ in wanted], cotangents, create_graph=True, allow_unused=True
             )
-            terms = [
-                (g * gg.to(g.dtype)).sum() for g, (_, gg) in zip(grads, wanted, strict=True) if g is not None
-            ]
+            terms = [(g * gg.to(g.dtype)).sum() for g, (_, gg) in zip(grads, wanted, strict=True) if g is not None]
             names = [name for name, t in part.items() if t is not None]
             wrt = [part[name] for name in names]
             seconds = torch.autograd.grad(sum(terms), wrt, allow_unused=True) if terms else [None] * len(wrt)

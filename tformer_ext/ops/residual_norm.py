@@ -148,9 +148,7 @@ class ResidualNormBackward(torch.autograd.Function):
         if all(g is None for g in (grad_grad_x, grad_grad_residual, grad_grad_weight, grad_grad_bias)):
             return (None,) * 13
         apart = residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
-        inputs = [
-            None if t is None else t.detach().requires_grad_() for t in (grad_y, grad_sum, total, weight)
-        ]
+        inputs = [None if t is None else t.detach().requires_grad_() for t in (grad_y, grad_sum, total, weight)]
         gy, gs, h, w = inputs
         wide = _statistics_dtype(x_dtype)
         with torch.enable_grad():
@@ -163,7 +161,7 @@ class ResidualNormBackward(torch.autograd.Function):
             pairs = [(grad_grad_residual, dh)] if apart else []
             if dropout_p > 0:
                 kept = norm_dropout_mask(seed, *h.shape, dropout_p, device=h.device)
-                dh = dh * (kept * keep_scale(dropout_p))
+                dh = dh * (kept.to(wide) * keep_scale(dropout_p))
             pairs.append((grad_grad_x, dh))
             pairs += [(grad_grad_weight, g) for g in dw]
             if bias_dtype is not None:

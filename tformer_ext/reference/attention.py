@@ -6,12 +6,10 @@ import torch
 
 from .philox import keep_scale, random_words, threshold
 
-CAUSAL = {False: 0, None: 0, True: 1, "upper_left": 1, "lower_right": 2, 0: 0, 1: 1, 2: 2}
+CAUSAL = {None: 0, False: 0, True: 1, "upper_left": 1, "lower_right": 2, 2: 2}  # 0 and 1 equal False and True
 
 
-def visible_keys(
-    Sq, Sk, *, causal=False, window=None, key_lengths=None, device=None, first_row=0, total_rows=None
-):
+def visible_keys(Sq, Sk, *, causal=False, window=None, key_lengths=None, device=None, first_row=0, total_rows=None):
     """Which keys each query may attend to by position alone.
 
     Returns (mask, distance): bool (B or 1, 1, Sq, Sk), and int64 of the same shape, the distance d - j of key j from
@@ -20,20 +18,18 @@ def visible_keys(
     longer sequence.
     """
     rows = Sq if total_rows is None else total_rows
-    lengths = (
-        torch.as_tensor([Sk] if key_lengths is None else key_lengths, device=device).long().view(-1, 1, 1, 1)
-    )
+    lengths = torch.as_tensor([Sk] if key_lengths is None else key_lengths, device=device).long().view(-1, 1, 1, 1)
     i = torch.arange(first_row, first_row + Sq, device=device).view(1, 1, Sq, 1)
     j = torch.arange(Sk, device=device).view(1, 1, 1, Sk)
     distance = i + (0 if CAUSAL[causal] == 1 else lengths - rows) - j
-    mask = (j < lengths).expand(distance.shape).clone()
+    mask = (j < lengths) & torch.ones_like(distance, dtype=torch.bool)
     left, right = (-1, -1) if window is None else window
     if CAUSAL[causal]:
-        mask &= distance >= 0
+        mask = mask & (distance >= 0)
     if left >= 0:
-        mask &= distance <= left
+        mask = mask & (distance <= left)
     if right >= 0:
-        mask &= distance >= -right
+        mask = mask & (distance >= -right)
     return mask, distance
 
 
@@ -52,38 +48,37 @@ def attention(query, key, value, **options):
 
 
 def attention_rows(
-    query,
-    key,
-    value,
-    *,
-    first_row,
-    total_rows,
-    first_batch=0,
-    bias=None,
-    mask=None,
-    causal=False,
-    window=None,
-    alibi_slopes=None,
-    sinks=None,
-    key_lengths=None,
-    scale=None,
-    softcap=0.0,
-    dropout_p=0.0,
-    dropout_seed=None,
-    return_lse=False,
-):
+    query, key, value, *, first_row, total_rows, first_batch=0, return_lse=False,
+    sinks=None, dropout_p=0.0, dropout_seed=None, **options,
+):  # fmt: skip
     """Rows [first_row, first_row + query.shape[2]) of an attention whose queries number total_rows.
 
     bias and mask belong to these rows alone; first_batch is the batch index that dropout counts from.
     """
+    B, Hq, Sq, _ = query.shape
+    scores, visible = attention_scores(query, key, first_row=first_row, total_rows=total_rows, **options)
+    weights, lse = _softmax(scores, visible, sinks)
+    if dropout_p > 0:
+        kept = attention_dropout_mask(
+            dropout_seed, B, Hq, Sq, key.shape[2], dropout_p, device=query.device, first_row=first_row,
+            first_batch=first_batch,
+        )  # fmt: skip
+        weights = weights * (kept.to(weights.dtype) * keep_scale(dropout_p))
+    out = _weighted_sum(weights.to(query.dtype), _for_each_query_head(value, Hq), visible)
+    return (out, lse) if return_lse else out
+
+
+def attention_scores(
+    query, key, *, first_row, total_rows, bias=None, mask=None, causal=False, window=None, alibi_slopes=None,
+    key_lengths=None, scale=None, softcap=0.0,
+):  # fmt: skip
+    """What the softmax is taken of: (scores, visible), both (B, Hq, Sq, Sk), -inf and False where a key is hidden."""
     B, Hq, Sq, D = query.shape
-    Hk, Sk = key.shape[1], key.shape[2]
+    Sk = key.shape[2]
     # the softmax of 16-bit inputs is held in float32
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = 1.0 / math.sqrt(D) if scale is None else scale
-    if Hk != Hq:
-        key, value = key.repeat_interleave(Hq // Hk, 1), value.repeat_interleave(Hq // Hk, 1)
-
+    key = _for_each_query_head(key, Hq)
     visible, distance = visible_keys(
         Sq, Sk, causal=causal, window=window, key_lengths=key_lengths, device=query.device,
         first_row=first_row, total_rows=total_rows,
@@ -91,33 +86,24 @@ def attention_rows(
     if mask is not None:
         visible = visible & mask
     visible = visible.expand(B, Hq, Sq, Sk)
-    scores = _products(query, key, visible).to(accumulate) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias.to(accumulate)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(accumulate).view(-1, Hq, 1, 1)
-        scores = scores - slopes * distance.abs()
-    scores = scores.masked_fill(~visible, -math.inf)
-    visible = scores != -math.inf  # a score of -inf is a key that takes no part
 
-    weights, lse = _softmax(scores, visible, sinks)
-    if dropout_p > 0:
-        kept = attention_dropout_mask(
-            dropout_seed,
-            B,
-            Hq,
-            Sq,
-            Sk,
-            dropout_p,
-            device=query.device,
-            first_row=first_row,
-            first_batch=first_batch,
-        )
-        weights = weights * (kept * keep_scale(dropout_p))
-    out = _weighted_sum(weights.to(query.dtype), value, visible)
-    return (out, lse) if return_lse else out
+    def scores_of(visible):
+        scores = _products(query, key, visible).to(accumulate) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias.to(accumulate)
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes.to(accumulate).view(-1, Hq, 1, 1) * distance.abs()
+        return scores.masked_fill(~visible, -math.inf)
+
+    with torch.no_grad():
+        visible = scores_of(visible) != -math.inf  # a key with a score of -inf takes no part
+    return scores_of(visible), visible
+
+
+def _for_each_query_head(t, Hq):
+    return t if t.shape[1] == Hq else t.repeat_interleave(Hq // t.shape[1], 1)
 
 
 def _products(query, key, visible):
@@ -138,6 +124,7 @@ def _softmax(scores, visible, sinks):
         safe = torch.cat([safe, logits], -1)
     # a row without keys and sink has nothing to sum
     lse = safe.logsumexp(-1, keepdim=True) if safe.shape[-1] else safe.sum(-1, keepdim=True)
+    lse = torch.where(lse == math.inf, math.nan, lse)  # inf - inf: the whole row is NaN
     weights = torch.exp(torch.where(visible, scores, torch.zeros_like(scores)) - lse)
     weights = torch.where(visible, weights, torch.zeros_like(weights))
     return weights, torch.where(alive, lse, torch.full_like(lse, -math.inf)).squeeze(-1)

@@ -41,15 +41,11 @@ def _residual_norm(
     h = x.to(accumulate)
     if dropout_p > 0:
         N = x.shape[-dims:].numel()
-        kept = norm_dropout_mask(
-            dropout_seed, x.numel() // N if N else 0, N, dropout_p, device=x.device
-        ).view(x.shape)
-        h = h * (kept * keep_scale(dropout_p))
+        kept = norm_dropout_mask(dropout_seed, x.numel() // N if N else 0, N, dropout_p, device=x.device).view(x.shape)
+        h = h * (kept.to(accumulate) * keep_scale(dropout_p))
     if residual is not None:
         h = h + residual.to(accumulate)
-    sum_dtype = residual_dtype or (
-        x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    )
+    sum_dtype = residual_dtype or (x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     h = h.to(sum_dtype)  # what is returned, and saved for backward, is what is normalised
     y = normalize(h.to(accumulate), weight, bias, eps, rms, dims).to(x.dtype)
     return (y, h) if return_residual else y

@@ -129,11 +129,9 @@ struct AttentionBackward {
     const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin + i0;
     for (int64_t i = 0; i < count; i += kQueryBlock) q_finite[i / kQueryBlock] = 1;
     for (int64_t i = 0; i < count; ++i) {
-      q_finite[i / kQueryBlock] &=
-          row_is_finite(q + i * q_stride, p.D) && row_is_finite(go + i * go_stride, p.Dv);
+      q_finite[i / kQueryBlock] &= row_is_finite(q + i * q_stride, p.D) && row_is_finite(go + i * go_stride, p.Dv);
       const Real x = static_cast<const Real*>(p.lse)[at + i];
-      lse[i] =
-          x == -kInfinity<Real> ? Real(0) : static_cast<Real>(x * kLog2e);  // a dead row has only -inf scores
+      lse[i] = x == -kInfinity<Real> ? Real(0) : x;  // a dead row has only -inf scores
       delta[i] = static_cast<Real>(p.delta[at + i]);
     }
   }
@@ -151,19 +149,16 @@ struct AttentionBackward {
   }
 
   // One kQueryBlock x kKeyBlock block: the five products.
-  void run_block(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i,
-                 int64_t rows, int64_t key0, int64_t keys, bool finite) {
+  void run_block(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i, int64_t rows,
+                 int64_t key0, int64_t keys, bool finite) {
     const int64_t at = i - t.q_begin, padded = round_up(rows, P::kStep);
     for (int64_t n = 0; n < kKeyBlock; n += kPanel<P>) {
-      product<P>(
-          {q_along + at * q_row, q_row, 1, k_t + n * groups, kPanel<P>, s + n, kKeyBlock, groups, false},
-          padded, kPanel<P>);
-      product<P>({do_along + at * v_row, v_row, 1, v_t + n * v_groups, kPanel<P>, dp + n, kKeyBlock, v_groups,
-                  false},
+      product<P>({q_along + at * q_row, q_row, 1, k_t + n * groups, kPanel<P>, s + n, kKeyBlock, groups, false}, padded,
+                 kPanel<P>);
+      product<P>({do_along + at * v_row, v_row, 1, v_t + n * v_groups, kPanel<P>, dp + n, kKeyBlock, v_groups, false},
                  padded, kPanel<P>);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      differentiate_row(t, scores, b, h, i + r, r, at + r, key0, keys, finite);
+    for (int64_t r = 0; r < rows; ++r) differentiate_row(t, scores, b, h, i + r, r, at + r, key0, keys, finite);
     for (int64_t r = rows; r < padded; ++r) {
       zero(s + r * kKeyBlock, kKeyBlock);
       zero(dp + r * kKeyBlock, kKeyBlock);
@@ -173,11 +168,11 @@ struct AttentionBackward {
     const int64_t row_steps = padded / P::kStep;
     if (t.want_dkv) {
       const int64_t key = key0 - t.k_begin;
-      multiply({p_down, 1, kKeyBlock, do_down + at / P::kStep * v_columns, v_columns, dv + key * v_columns,
-                v_columns, row_steps, true},
+      multiply({p_down, 1, kKeyBlock, do_down + at / P::kStep * v_columns, v_columns, dv + key * v_columns, v_columns,
+                row_steps, true},
                keys, v_columns, finite, 1, kKeyBlock);
-      multiply({ds_down, 1, kKeyBlock, q_down + at / P::kStep * q_columns, q_columns, dk + key * q_columns,
-                q_columns, row_steps, true},
+      multiply({ds_down, 1, kKeyBlock, q_down + at / P::kStep * q_columns, q_columns, dk + key * q_columns, q_columns,
+                row_steps, true},
                keys, q_columns, finite, 1, kKeyBlock);
     }
     if (t.want_dq) {
@@ -197,8 +192,8 @@ struct AttentionBackward {
   }
 
   // Row r of the block: s becomes p (with dropout), dp becomes scale * ds.
-  void differentiate_row(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i,
-                         int64_t r, int64_t at, int64_t key0, int64_t keys, bool finite) {
+  void differentiate_row(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i, int64_t r,
+                         int64_t at, int64_t key0, int64_t keys, bool finite) {
     Real* x = s + r * kKeyBlock;
     Real* g = dp + r * kKeyBlock;
     const Real factor = scores.finish_row(x, i, key0, kKeyBlock, p.softcap != 0 ? cap : nullptr);
@@ -214,7 +209,7 @@ struct AttentionBackward {
     const Real shift = lse[at], row_delta = delta[at];
     for (int64_t j = 0; j < kKeyBlock; j += L) {
       const Vec<Real> score = load(x + j);
-      const Vec<Real> weight = exp2_vec<Real>(score * factor - shift);
+      const Vec<Real> weight = exp_vec<Real>(score * factor - shift);
       Vec<Real> dweight = load(g + j), dropped = weight;
       if (p.dropout_p > 0) {
         dweight *= load(keep + j);
@@ -235,8 +230,7 @@ struct AttentionBackward {
   // ds is the gradient of the bias; in a dimension where the bias is broadcast its stride is 0 and the sum is over it.
   void add_to_grad_bias(const Real* ds, int64_t b, int64_t h, int64_t i, int64_t key0, int64_t keys) const {
     const int64_t* stride = p.grad_bias_stride;
-    Real* g =
-        static_cast<Real*>(p.grad_bias) + b * stride[0] + h * stride[1] + i * stride[2] + key0 * stride[3];
+    Real* g = static_cast<Real*>(p.grad_bias) + b * stride[0] + h * stride[1] + i * stride[2] + key0 * stride[3];
     for (int64_t j = 0; j < keys; ++j) g[j * stride[3]] += ds[j];
   }
 
@@ -259,8 +253,8 @@ struct AttentionBackward {
     write(dv, v_columns, p.grad_v, b, kv_head, seq.k_begin + t.k_begin, k_end - t.k_begin, p.Dv);
   }
 
-  void write(const Real* from, int64_t columns, const Rows& to, int64_t b, int64_t h, int64_t row,
-             int64_t count, int64_t width) const {
+  void write(const Real* from, int64_t columns, const Rows& to, int64_t b, int64_t h, int64_t row, int64_t count,
+             int64_t width) const {
     for (int64_t i = 0; i < count; ++i) {
       T* out = row_of<T>(to, b, h, row + i);
       for (int64_t d = 0; d < width; d += L) {
@@ -286,14 +280,13 @@ void attention_delta(const AttentionParams& p, int64_t b, int64_t h, double* del
   Real logit = 0;
   if (p.sinks) {
     const int64_t size = p.sinks_dtype == DType::f64 ? 8 : p.sinks_dtype == DType::f32 ? 4 : 2;
-    read_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}},
-                   static_cast<const char*>(p.sinks) + h * size, 1, &logit);
+    read_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, static_cast<const char*>(p.sinks) + h * size, 1,
+                   &logit);
   }
   double sum = 0;
   for (int64_t i = 0; i < seq.Sq; ++i) {
     const auto row = [&](const Rows& r) {
-      return static_cast<const T*>(r.data) + b * r.stride[0] + h * r.stride[1] +
-             (seq.q_begin + i) * r.stride[2];
+      return static_cast<const T*>(r.data) + b * r.stride[0] + h * r.stride[1] + (seq.q_begin + i) * r.stride[2];
     };
     const T *o = row(p.o), *go = row(p.grad_o);
     Vec<Real> acc{};
@@ -302,11 +295,9 @@ void attention_delta(const AttentionParams& p, int64_t b, int64_t h, double* del
                            : load_as<Real>(o + d, p.Dv - d) * load_as<Real>(go + d, p.Dv - d);
     }
     const Real lse = static_cast<const Real*>(p.lse)[at + i];
-    const double dlse =
-        p.grad_lse && lse != -kInfinity<Real> ? static_cast<const Real*>(p.grad_lse)[at + i] : 0;
+    const double dlse = p.grad_lse && lse != -kInfinity<Real> ? static_cast<const Real*>(p.grad_lse)[at + i] : 0;
     delta[at + i] = static_cast<double>(sum_lanes<Real>(acc)) - dlse;
-    if (p.sinks && lse != -kInfinity<Real>)
-      sum -= __builtin_exp(static_cast<double>(logit - lse)) * delta[at + i];
+    if (p.sinks && lse != -kInfinity<Real>) sum -= __builtin_exp(static_cast<double>(logit - lse)) * delta[at + i];
   }
   if (grad_sink) *grad_sink = sum;
 }

@@ -21,7 +21,7 @@ int64_t forward_range(const AttentionParams& p) {
   return keys < kKeyBlock ? kKeyBlock : (keys < all ? keys : all);
 }
 
-// Softmax of a row, in base 2, as it grows: p = 2^(score - m), l = sum of p.
+// Softmax of a row as it grows: p = e^(score - m), l = sum of p.
 template <class Real>
 struct OnlineSoftmax {
   Real m = -kInfinity<Real>;
@@ -34,15 +34,14 @@ struct OnlineSoftmax {
     for (int64_t j = 0; j < n; j += L) top = maximum(load(s + j), top);
     const Real highest = max_lanes<Real>(top) * factor;
     const Real m_new = highest > m ? highest : m;
-    const Real shift =
-        m_new == -kInfinity<Real> ? Real(0) : m_new;  // nothing visible yet: weights are 2^-inf = 0
+    const Real shift = m_new == -kInfinity<Real> ? Real(0) : m_new;  // nothing visible yet: weights are e^-inf = 0
     Vec<Real> sum{};
     for (int64_t j = 0; j < n; j += L) {
-      const Vec<Real> weight = exp2_vec<Real>(load(s + j) * factor - shift);
+      const Vec<Real> weight = exp_vec<Real>(load(s + j) * factor - shift);
       sum += weight;
       store(s + j, weight);
     }
-    const Real rescale = m == m_new ? Real(1) : exp2_vec<Real>(splat(m - shift))[0];
+    const Real rescale = m == m_new ? Real(1) : exp_vec<Real>(splat(m - shift))[0];
     l = l * rescale + sum_lanes<Real>(sum);
     m = m_new;
     return rescale;
@@ -51,8 +50,8 @@ struct OnlineSoftmax {
   // One more logit that has no value: it only takes weight. Returns the multiplier as update does.
   TFORMER_INLINE Real add_sink(Real logit) {
     const Real m_new = logit > m ? logit : m;
-    const Real rescale = m == m_new ? Real(1) : exp2_vec<Real>(splat(m - m_new))[0];
-    l = l * rescale + (logit == -kInfinity<Real> ? Real(0) : exp2_vec<Real>(splat(logit - m_new))[0]);
+    const Real rescale = m == m_new ? Real(1) : exp_vec<Real>(splat(m - m_new))[0];
+    l = l * rescale + (logit == -kInfinity<Real> ? Real(0) : exp_vec<Real>(splat(logit - m_new))[0]);
     m = m_new;
     return rescale;
   }
@@ -89,8 +88,7 @@ struct AttentionForward {
     values = scratch.take<Group>(range_keys / P::kStep * out_columns);
     queries = scratch.take<Group>(kTileRows * q_groups);
     scores = scratch.take<Real>(kTileRows * range_keys);
-    weights = P::kStep == 1 ? reinterpret_cast<Group*>(scores)
-                            : scratch.take<Group>(kTileRows * range_keys / P::kStep);
+    weights = P::kStep == 1 ? reinterpret_cast<Group*>(scores) : scratch.take<Group>(kTileRows * range_keys / P::kStep);
     live = scratch.take<uint8_t>(range_keys / kPanel<P>);
     hidden = scratch.take<uint8_t>(kTileRows * range_keys);
     out = scratch.take<Real>(tiles * kTileRows * out_columns);
@@ -154,8 +152,8 @@ struct AttentionForward {
   }
 
   // The keys [key0, key0 + padded) of one row tile: scores, weights, weighted sum of values.
-  void add_range(const Scores<Real>& row_scores, const Sequence& s, int64_t b, int64_t h, int64_t i,
-                 int64_t rows, int64_t key0, int64_t padded, bool finite, Real* o, State* st) {
+  void add_range(const Scores<Real>& row_scores, const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t rows,
+                 int64_t key0, int64_t padded, bool finite, Real* o, State* st) {
     const int64_t panels = padded / kPanel<P>;
     int64_t first = panels, last = 0;
     for (int64_t n = 0; n < panels; ++n) {
@@ -190,9 +188,8 @@ struct AttentionForward {
     for (int64_t n = first; n < last; ++n) {
       Real* tile = scores + n * kPanel<P>;
       if (live[n]) {
-        product<P>(
-            {queries, q_groups, 1, keys + n * groups * kPanel<P>, kPanel<P>, tile, range_keys, groups, false},
-            rows, kPanel<P>);
+        product<P>({queries, q_groups, 1, keys + n * groups * kPanel<P>, kPanel<P>, tile, range_keys, groups, false},
+                   rows, kPanel<P>);
       } else {
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t j = 0; j < kPanel<P>; ++j) tile[r * range_keys + j] = -kInfinity<Real>;
@@ -203,9 +200,10 @@ struct AttentionForward {
 
   void multiply_values(int64_t rows, int64_t first, int64_t last, bool finite, Real* o) const {
     const int64_t w_row = range_keys / P::kStep;
+    constexpr int64_t kSumPanels = 256 / kPanel<P>;  // keys in one running sum
     for (int64_t n = first; n < last;) {
-      int64_t run = n;
-      while (run < last && live[run] == live[n]) ++run;
+      int64_t run = n + 1;
+      while (run < last && live[run] == live[n] && run % kSumPanels != 0) ++run;
       if (live[n]) {
         const int64_t j = n * kPanel<P>, steps = (run - n) * kPanel<P> / P::kStep;
         const ProductOperands<P> m{weights + j / P::kStep,
@@ -243,15 +241,14 @@ struct AttentionForward {
   }
 
   // o / l and the log-sum-exp; a row without a visible key is 0 and -inf.
-  void finish_tile(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t rows, Real* o,
-                   State* st) const {
+  void finish_tile(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t rows, Real* o, State* st) const {
     Real* lse = static_cast<Real*>(p.lse) + b * p.lse_stride[0] + h * p.lse_stride[1] + s.q_begin;
     for (int64_t r = 0; r < rows; ++r, o += out_columns) {
       const bool dead = st[r].dead();
       if (p.sinks && !dead) {
         Real logit;
         read_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, sink_of(h), 1, &logit);
-        scale_row(o, st[r].add_sink(logit * static_cast<Real>(kLog2e)));
+        scale_row(o, st[r].add_sink(logit));
       }
       lse[i + r] = dead ? -kInfinity<Real> : natural_log(st[r]);
       const Vec<Real> l = splat(st[r].l);
@@ -274,7 +271,7 @@ struct AttentionForward {
   }
 
   static Real natural_log(const State& s) {
-    return static_cast<Real>(static_cast<double>(s.m) * kLn2 + __builtin_log(static_cast<double>(s.l)));
+    return static_cast<Real>(static_cast<double>(s.m) + __builtin_log(static_cast<double>(s.l)));
   }
 };
 

@@ -5,6 +5,7 @@
 #include "../isa.h"
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "ceilings.h"
 #include "residual_norm.h"
 
 namespace tformer::TFORMER_ISA {
@@ -39,8 +40,7 @@ void attention_forward(const AttentionParams& p, const AttentionTask& t, void* s
 }
 
 size_t attention_forward_scratch(const AttentionParams& p, const AttentionTask& t) {
-  return for_dtype(p.dtype,
-                   [&](auto x) { return AttentionForward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
+  return for_dtype(p.dtype, [&](auto x) { return AttentionForward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
 }
 
 void attention_delta_of(const AttentionParams& p, int64_t b, int64_t h, double* delta, double* grad_sink) {
@@ -52,25 +52,30 @@ void attention_backward(const AttentionParams& p, const AttentionTask& t, void* 
 }
 
 size_t attention_backward_scratch(const AttentionParams& p, const AttentionTask& t) {
-  return for_dtype(p.dtype,
-                   [&](auto x) { return AttentionBackward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
+  return for_dtype(p.dtype, [&](auto x) { return AttentionBackward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
 }
 
 void norm_forward(const NormParams& p, int64_t begin, int64_t end, void* scratch) {
-  for_norm_types(p, [&](auto x, auto r) {
-    ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).forward(begin, end);
-  });
+  for_norm_types(
+      p, [&](auto x, auto r) { ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).forward(begin, end); });
 }
 
 void norm_backward(const NormParams& p, int64_t chunk, void* scratch) {
-  for_norm_types(p, [&](auto x, auto r) {
-    ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).backward(chunk);
-  });
+  for_norm_types(p,
+                 [&](auto x, auto r) { ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).backward(chunk); });
 }
 
 size_t norm_scratch(const NormParams& p) {
   return for_norm_types(
       p, [&](auto x, auto r) { return ResidualNorm<decltype(x), decltype(r)>(p, Scratch(nullptr)).bytes; });
+}
+
+double fma_operations_of(DType dtype, int64_t rounds) {
+  return for_dtype(dtype, [&](auto x) { return fma_operations<decltype(x)>(rounds); });
+}
+
+double exp_operations_of(DType dtype, int64_t rounds) {
+  return for_dtype(dtype, [&](auto x) { return exp_operations<decltype(x)>(rounds); });
 }
 
 #define TFORMER_STRING(x) #x
@@ -88,6 +93,8 @@ const CpuKernels kernels = {TFORMER_NAME(TFORMER_ISA),
                             attention_backward_scratch,
                             norm_forward,
                             norm_backward,
-                            norm_scratch};
+                            norm_scratch,
+                            fma_operations_of,
+                            exp_operations_of};
 
 }  // namespace tformer::TFORMER_ISA

@@ -17,8 +17,7 @@ constexpr int64_t row_groups(int64_t width) {
 // Whether a row holds only finite numbers (all bits of the exponent set: inf or NaN).
 template <class T>
 bool row_is_finite(const T* row, int64_t n) {
-  using Bits =
-      std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
   constexpr Bits exponent = sizeof(T) == 8       ? static_cast<Bits>(0x7ff0000000000000)
                             : sizeof(T) == 4     ? static_cast<Bits>(0x7f800000)
                             : __is_same(T, bf16) ? static_cast<Bits>(0x7f80)
@@ -58,8 +57,7 @@ void pack_along_row(const T* rows, int64_t stride, int64_t count, int64_t padded
   const int64_t groups = row_groups<P>(width);
   for (int64_t r = 0; r < padded; ++r) {
     for (int64_t d = 0; d < groups; d += L) {
-      store(out + r * groups + d,
-            r < count ? load_groups<P>(rows + r * stride, d, width) : Vec<typename P::Group>{});
+      store(out + r * groups + d, r < count ? load_groups<P>(rows + r * stride, d, width) : Vec<typename P::Group>{});
     }
   }
 }
@@ -78,8 +76,7 @@ void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded
         HalfBits half[2] = {};
         for (int i = 0; i < 2; ++i) {
           const int64_t n = r + i < count ? width - d : 0;
-          std::memcpy(&half[i], rows + (r + i) * stride + d,
-                      static_cast<size_t>(n > L ? L : (n > 0 ? n : 0)) * 2);
+          std::memcpy(&half[i], rows + (r + i) * stride + d, static_cast<size_t>(n > L ? L : (n > 0 ? n : 0)) * 2);
         }
         store(out + (r / 2) * columns + d,
               __builtin_convertvector(half[0], U32) | (__builtin_convertvector(half[1], U32) << 16));
@@ -150,8 +147,8 @@ TFORMER_INLINE void narrow_along_row(const typename P::Real* row, int64_t column
 }
 // Down the rows: two rows become one row of pairs.
 template <class P>
-TFORMER_INLINE void narrow_down_rows(const typename P::Real* row0, const typename P::Real* row1,
-                                     int64_t columns, typename P::Group* out) {
+TFORMER_INLINE void narrow_down_rows(const typename P::Real* row0, const typename P::Real* row1, int64_t columns,
+                                     typename P::Group* out) {
   if constexpr (P::kStep == 2) {
     for (int64_t j = 0; j < columns; j += kLanes<float>) {
       store(out + j, narrow_bf16(load(row0 + j)) | (narrow_bf16(load(row1 + j)) << 16));

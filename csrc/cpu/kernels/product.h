@@ -4,7 +4,8 @@
 // float (or double), or a pair of bf16 in 32 bits where the CPU multiplies those (vdpbf16ps).
 //   A: group (row r, step k) at a[r * a_row + k * a_step]; broadcast, so any strides serve, transposed ones too
 //   B: group (step k, column n) at b[k * b_step + n], columns padded to whole vectors
-//   C: arithmetic type, element (r, n) at c[r * c_row + n]
+//   C: arithmetic type, element (r, n) at c[r * c_row + n]; accumulate adds the product to it, as one rounded sum, so
+//      that a long sum made of several products loses less than one running total would
 #pragma once
 
 #include "vec.h"
@@ -23,7 +24,7 @@ struct Wide {  // one element a group
   static TFORMER_INLINE Vec<Real> elements(Vec<Group> g, int) { return g; }
 };
 
-#if defined(__AVX512BF16__)
+#if TFORMER_HAS_BF16_PRODUCTS
 struct PairBf16 {
   using Real = float;
   using Group = uint32_t;
@@ -49,7 +50,7 @@ template <>
 struct PackOf<double> {
   using type = Wide<double>;
 };
-#if defined(__AVX512BF16__)
+#if TFORMER_HAS_BF16_PRODUCTS
 template <>
 struct PackOf<bf16> {
   using type = PairBf16;
@@ -79,8 +80,7 @@ __attribute__((noinline)) void register_tile(const ProductOperands<P>& m) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n)
-      acc[r][n] = m.accumulate ? load(m.c + r * m.c_row + n * L) : Vec<Real>{};
+    for (int n = 0; n < kColumns; ++n) acc[r][n] = Vec<Real>{};
   }
   const Group* a = m.a;
   const Group* b = m.b;
@@ -100,23 +100,20 @@ __attribute__((noinline)) void register_tile(const ProductOperands<P>& m) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) store(m.c + r * m.c_row + n * L, acc[r][n]);
+    for (int n = 0; n < kColumns; ++n) {
+      Real* c = m.c + r * m.c_row + n * L;
+      store(c, m.accumulate ? load(c) + acc[r][n] : acc[r][n]);
+    }
   }
 }
 
 template <class P, int kRows>
 TFORMER_INLINE void register_tile_columns(const ProductOperands<P>& m, int columns) {
-  switch (columns) {
-    case 1:
-      return register_tile<P, kRows, 1>(m);
-    case 2:
-      return register_tile<P, kRows, 2>(m);
-#if defined(__AVX512F__) || defined(__aarch64__)
-    case 3:
-      return register_tile<P, kRows, 3>(m);
-    case 4:
-      return register_tile<P, kRows, 4>(m);
-#endif
+  if (columns == 1) return register_tile<P, kRows, 1>(m);
+  if (columns == 2) return register_tile<P, kRows, 2>(m);
+  if constexpr (kTileColumns > 2) {
+    if (columns == 3) return register_tile<P, kRows, 3>(m);
+    if (columns == 4) return register_tile<P, kRows, 4>(m);
   }
 }
 
@@ -166,7 +163,7 @@ void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t c
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t n = 0; n < columns; n += L) {
       Real* c = m.c + r * m.c_row + n;
-      Vec<Real> acc = m.accumulate ? load(c) : Vec<Real>{};
+      Vec<Real> acc{};
       for (int64_t k = 0; k < m.steps; ++k) {
         const auto a = m.a[r * m.a_row + k * m.a_step];
         const auto b = load(m.b + k * m.b_step + n);
@@ -176,7 +173,7 @@ void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t c
           }
         }
       }
-      store(c, acc);
+      store(c, m.accumulate ? load(c) + acc : acc);
     }
   }
 }

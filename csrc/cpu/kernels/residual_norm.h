@@ -83,15 +83,26 @@ struct ResidualNorm {
     for (int64_t c = 0; c < p.N; c += kPhiloxBlock) dropout.factors(counter, c, kPhiloxBlock, keep + c);
   }
 
-  // Sum over the row of (row - center)^2, lanes past the end left out.
-  TFORMER_INLINE Real sum_squares(Real center) const {
-    for (int64_t c = p.N; c < whole + (whole < p.N ? L : 0); ++c) row[c] = center;
-    Vec<Real> sum{};
+  // mean and the mean squared distance from it. The first pass's mean has rounding errors of the size of the row's
+  // values; the distances are small, so their own mean gives the part that was lost (corrected two-pass algorithm:
+  // Chan, Golub, LeVeque 1983).
+  struct Moments {
+    Real mean;
+    double variance;
+  };
+  TFORMER_INLINE Moments moments(Real first_mean) const {
+    for (int64_t c = p.N; c < whole + (whole < p.N ? L : 0); ++c) row[c] = first_mean;  // adds nothing
+    Vec<Real> sum{}, squares{};
     for (int64_t c = 0; c < p.N; c += L) {
-      const Vec<Real> d = load(row + c) - center;
-      sum += d * d;
+      const Vec<Real> d = load(row + c) - first_mean;
+      sum += d;
+      squares += d * d;
     }
-    return sum_lanes<Real>(sum);
+    const double count = static_cast<double>(p.N);
+    const double second_moment = static_cast<double>(sum_lanes<Real>(squares)) / count;
+    if (p.rms) return {Real(0), second_moment};
+    const double lost = static_cast<double>(sum_lanes<Real>(sum)) / count;
+    return {static_cast<Real>(static_cast<double>(first_mean) + lost), second_moment - lost * lost};
   }
 
   TFORMER_INLINE void forward_row(int64_t i) const {
@@ -112,10 +123,8 @@ struct ResidualNorm {
       store(row + c, h);
     });
 
-    const Real count = static_cast<Real>(p.N);
-    const Real mean = p.rms ? Real(0) : sum_lanes<Real>(total) / count;
-    const double variance = static_cast<double>(sum_squares(mean)) / static_cast<double>(p.N);
-    const Real rstd = static_cast<Real>(1.0 / __builtin_sqrt(variance + p.eps));
+    const Moments m = moments(p.rms ? Real(0) : sum_lanes<Real>(total) / static_cast<Real>(p.N));
+    const Real mean = m.mean, rstd = static_cast<Real>(1.0 / __builtin_sqrt(m.variance + p.eps));
     if (!p.rms) static_cast<Real*>(p.mean)[i] = mean;
     static_cast<Real*>(p.rstd)[i] = rstd;
 

@@ -9,9 +9,6 @@
 namespace tformer::TFORMER_ISA {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634;
-constexpr double kLn2 = 0.69314718055994531;
-
 // Keys are handled in blocks of this many: a whole number of panels on every ISA, and one Philox block.
 constexpr int64_t kKeyBlock = 64;
 
@@ -24,17 +21,14 @@ void read_row(const ScoreOperand& t, const char* row, int64_t n, Real* out) {
   const int64_t stride = t.stride[3];
   switch (t.dtype) {
     case DType::f32:
-      for (int64_t j = 0; j < n; ++j)
-        out[j] = static_cast<Real>(reinterpret_cast<const float*>(row)[j * stride]);
+      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Real>(reinterpret_cast<const float*>(row)[j * stride]);
       break;
     case DType::f64:
-      for (int64_t j = 0; j < n; ++j)
-        out[j] = static_cast<Real>(reinterpret_cast<const double*>(row)[j * stride]);
+      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Real>(reinterpret_cast<const double*>(row)[j * stride]);
       break;
     case DType::bf16:
       for (int64_t j = 0; j < n; ++j) {
-        out[j] =
-            Wide<Real>::elements(load_as<Real>(reinterpret_cast<const bf16*>(row) + j * stride, 1), 0)[0];
+        out[j] = load_as<Real>(reinterpret_cast<const bf16*>(row) + j * stride, 1)[0];
       }
       break;
     case DType::f16:
@@ -52,32 +46,24 @@ template <class Real>
 struct Scores {
   const AttentionParams& p;
   KeyRange range;
-  Real factor;  // scale * log2 e: exponentials are taken in base 2
-  Real slope;   // of ALiBi, times log2 e
+  Real scale;
+  Real slope;  // of ALiBi
   const char* bias;
   const char* mask;
   bool plain;  // nothing but the scale and the range of keys
 
   Scores(const AttentionParams& params, const Sequence& s, int64_t b, int64_t h)
-      : p(params),
-        range(params, s),
-        factor(static_cast<Real>(params.scale * kLog2e)),
-        slope(0),
-        bias(nullptr),
-        mask(nullptr) {
+      : p(params), range(params, s), scale(static_cast<Real>(params.scale)), slope(0), bias(nullptr), mask(nullptr) {
     if (p.alibi_slopes) {
-      slope = static_cast<Real>(p.alibi_slopes[b * p.alibi_stride[0] + h * p.alibi_stride[1]] * kLog2e);
+      slope = static_cast<Real>(p.alibi_slopes[b * p.alibi_stride[0] + h * p.alibi_stride[1]]);
     }
     if (p.bias.data) bias = at(p.bias, b * p.bias.stride[0] + h * p.bias.stride[1]);
     if (p.mask.data) mask = at(p.mask, b * p.mask.stride[0] + h * p.mask.stride[1]);
-    plain = p.softcap == 0 && !p.alibi_slopes && !bias && !mask && factor > 0;
+    plain = p.softcap == 0 && !p.alibi_slopes && !bias && !mask && scale > 0;
   }
 
   static const char* at(const ScoreOperand& t, int64_t offset) {
-    const int64_t bytes = t.dtype == DType::f64       ? 8
-                          : t.dtype == DType::f32     ? 4
-                          : t.dtype == DType::boolean ? 1
-                                                      : 2;
+    const int64_t bytes = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : t.dtype == DType::boolean ? 1 : 2;
     return static_cast<const char*>(t.data) + offset * bytes;
   }
 
@@ -98,12 +84,12 @@ struct Scores {
     return false;
   }
 
-  // s[0, n): products of query i with keys key0 ..; n a whole number of vectors. Turns them into scores in base 2 and
-  // returns the factor that is still to be applied to them. Hidden keys become -inf. Where `slope_of_cap` is given it
+  // s[0, n): products of query i with keys key0 ..; n a whole number of vectors. Turns them into scores, up to a
+  // positive factor that is returned: applying it is free in the exponent that follows. Hidden keys become -inf. Where `slope_of_cap` is given it
   // receives the derivative of the softcap.
   Real finish_row(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
     const int64_t begin = range.begin(i) - key0, end = range.end(i) - key0;
-    Real left = factor;
+    Real left = scale;
     if (!plain) {
       left = 1;
       scale_and_cap(s, n, slope_of_cap);
@@ -124,10 +110,10 @@ struct Scores {
   TFORMER_INLINE void scale_and_cap(Real* s, int64_t n, Real* slope_of_cap) const {
     constexpr int L = kLanes<Real>;
     if (p.softcap == 0) {
-      for (int64_t j = 0; j < n; j += L) store(s + j, load(s + j) * factor);
+      for (int64_t j = 0; j < n; j += L) store(s + j, load(s + j) * scale);
       return;
     }
-    const Real inner = static_cast<Real>(p.scale / p.softcap), outer = static_cast<Real>(p.softcap * kLog2e);
+    const Real inner = static_cast<Real>(p.scale / p.softcap), outer = static_cast<Real>(p.softcap);
     for (int64_t j = 0; j < n; j += L) {
       const Vec<Real> t = tanh_vec<Real>(load(s + j) * inner);
       store(s + j, t * outer);
@@ -140,18 +126,9 @@ struct Scores {
     Real row[kKeyBlock];
     for (int64_t j = 0; j < keys; j += kKeyBlock) {
       const int64_t count = keys - j < kKeyBlock ? keys - j : kKeyBlock;
-      read_row<Real>(p.bias, bias + (i * p.bias.stride[2] + (key0 + j) * p.bias.stride[3]) * size, count,
-                     row);
-      for (int64_t c = 0; c < count; ++c) s[j + c] += in_base_2(row[c]);
+      read_row<Real>(p.bias, bias + (i * p.bias.stride[2] + (key0 + j) * p.bias.stride[3]) * size, count, row);
+      for (int64_t c = 0; c < count; ++c) s[j + c] += row[c];
     }
-  }
-
-  // The most negative finite bias, a common way to write "masked", must not become -inf: it still takes part.
-  static TFORMER_INLINE Real in_base_2(Real x) {
-    constexpr Real kLargest = MathConstants<Real>::kLargest;
-    const Real y = x * static_cast<Real>(kLog2e);
-    const Real finite = y < -kLargest ? -kLargest : (y > kLargest ? kLargest : y);
-    return x == -kInfinity<Real> || x == kInfinity<Real> ? x : finite;
   }
 
   TFORMER_INLINE void add_alibi(Real* s, int64_t diagonal, int64_t n) const {

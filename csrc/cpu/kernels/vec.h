@@ -18,6 +18,12 @@
 #define TFORMER_VECTOR_BYTES 16
 #endif
 
+#if defined(__AVX512BF16__)
+#define TFORMER_HAS_BF16_PRODUCTS 1
+#else
+#define TFORMER_HAS_BF16_PRODUCTS 0
+#endif
+
 namespace tformer::TFORMER_ISA {
 namespace {
 
@@ -139,10 +145,9 @@ TFORMER_INLINE F widen_f16(HalfBits h) {
   const U32 u = __builtin_convertvector(h, U32);
   const U32 magnitude = (u & 0x7fff) << 13;
   const U32 exponent = magnitude & 0x0f800000;
-  const F normal = (F)(magnitude + 0x38000000);   // rebias 15 -> 127
-  const F special = (F)(magnitude + 0x70000000);  // inf and NaN
-  const F subnormal =
-      (F)(magnitude + 0x38800000) - (F)(U32{} + 0x38800000u);  // renormalised by the subtraction
+  const F normal = (F)(magnitude + 0x38000000);                                // rebias 15 -> 127
+  const F special = (F)(magnitude + 0x70000000);                               // inf and NaN
+  const F subnormal = (F)(magnitude + 0x38800000) - (F)(U32{} + 0x38800000u);  // renormalised by the subtraction
   const F value = (exponent == 0x0f800000) ? special : ((exponent == 0) ? subnormal : normal);
   return (F)((U32)value | ((u & 0x8000) << 16));
 #endif

@@ -1,4 +1,4 @@
-// exp2 and tanh of a vector. Polynomials: Chebyshev interpolation, maximal relative error in the comment.
+// exp2, exp and tanh of a vector. Polynomials: Chebyshev interpolation, maximal relative error in the comment.
 #pragma once
 
 #include "vec.h"
@@ -12,9 +12,7 @@ struct MathConstants;
 template <>
 struct MathConstants<float> {
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kLargest = __FLT_MAX__;
-  static constexpr float kRound =
-      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   // 2^f, |f| <= 1/2: 2.5e-9
   static constexpr float kExp2[] = {1.0f,           0.693147207f,   0.240226509f,   0.0555032723f,
                                     0.00961805668f, 0.00134004282f, 0.000154614447f};
@@ -26,7 +24,6 @@ struct MathConstants<float> {
 template <>
 struct MathConstants<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kLargest = __DBL_MAX__;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   // 2^f, |f| <= 1/2: 5.6e-20
   static constexpr double kExp2[] = {1.0,
@@ -43,11 +40,11 @@ struct MathConstants<double> {
                                      4.45667534104920588e-10,
                                      2.57335683087568912e-11};
   // (tanh(x) / x - 1) / x^2 in z = x^2 <= 0.4: 5.8e-19
-  static constexpr double kTanh[] = {
-      -0.333333333333333333,    0.13333333333333317,      -0.0539682539682310266,    0.0218694885348877575,
-      -0.00886323549344145084,  0.00359212741069531618,   -0.0014558274668454266,    0.00058997591921439729,
-      -0.000238864647885499514, 0.0000959723631816051307, -0.0000369605223033382571, 0.0000120886872262168983,
-      -2.38557931117042516e-6};
+  static constexpr double kTanh[] = {-0.333333333333333333,    0.13333333333333317,       -0.0539682539682310266,
+                                     0.0218694885348877575,    -0.00886323549344145084,   0.00359212741069531618,
+                                     -0.0014558274668454266,   0.00058997591921439729,    -0.000238864647885499514,
+                                     0.0000959723631816051307, -0.0000369605223033382571, 0.0000120886872262168983,
+                                     -2.38557931117042516e-6};
 };
 
 template <class T, int kCount>
@@ -71,6 +68,13 @@ TFORMER_INLINE Vec<T> exp2_vec(Vec<T> x) {
   return polynomial<T>(fraction, M::kExp2) * power;
 }
 
+// e^x for x <= 88 (709 for double), likewise. The product's rounding error is relative to x, which is small where e^x
+// is not.
+template <class T>
+TFORMER_INLINE Vec<T> exp_vec(Vec<T> x) {
+  return exp2_vec<T>(x * static_cast<T>(1.4426950408889634));
+}
+
 // tanh(x): the odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that formula elsewhere.
 template <class T>
 TFORMER_INLINE Vec<T> tanh_vec(Vec<T> x) {
@@ -80,7 +84,7 @@ TFORMER_INLINE Vec<T> tanh_vec(Vec<T> x) {
   const Vec<T> limit = splat(static_cast<T>(20));
   const Vec<T> magnitude = (x < 0) ? -x : x;
   const Vec<T> clamped = (magnitude > limit) ? limit : magnitude;
-  const Vec<T> far = 1 - 2 / (exp2_vec<T>(clamped * static_cast<T>(2.885390081777926814)) + 1);
+  const Vec<T> far = 1 - 2 / (exp_vec<T>(clamped * 2) + 1);
   return (z < static_cast<T>(0.4)) ? near : ((x < 0) ? -far : far);
 }
 

@@ -1,0 +1,57 @@
+// What one thread's arithmetic units can do, for benchmarks to compare the kernels with: multiply-adds that touch no
+// memory, in the form in which products of type T use them, and exp2 of numbers in the first-level cache.
+#pragma once
+
+#include "product.h"
+#include "vec_math.h"
+
+namespace tformer::TFORMER_ISA {
+namespace {
+
+// Each of the independent chains is updated once per step; as many as a register tile has accumulators, which is more
+// than the latency times the number of units of any CPU so far.
+template <class T>
+double fma_operations(int64_t rounds) {
+  using P = Pack<T>;
+  using Real = typename P::Real;
+  using Group = typename P::Group;
+  constexpr int kChains = kTileRows * kTileColumns, kSteps = 1024;
+  const Group factor = P::kStep == 1 ? static_cast<Group>(0.5f) : static_cast<Group>(0x3f003f00u);  // 1/2, or a pair
+  Vec<Real> chain[kChains];
+  Vec<Group> addend[1] = {Vec<Group>{} + factor};
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) chain[i] = splat(static_cast<Real>(i));
+  for (int64_t n = 0; n < rounds * kSteps; ++n) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) {
+      // A product of two constants would be hoisted out of the loop, except from an instruction for pairs.
+      if constexpr (P::kStep == 1) chain[i] = chain[i] * addend[0] + addend[0];
+      if constexpr (P::kStep == 2) chain[i] = P::multiply_add(factor, addend[0], chain[i]);
+    }
+  }
+  Vec<Real> total = chain[0];
+#pragma GCC unroll 32
+  for (int i = 1; i < kChains; ++i) total += chain[i];
+  volatile Real keep = sum_lanes<Real>(total);
+  (void)keep;
+  return 2.0 * P::kStep * kLanes<Real> * kChains * kSteps * static_cast<double>(rounds);
+}
+
+template <class T>
+double exp_operations(int64_t rounds) {
+  using Real = typename Pack<T>::Real;
+  constexpr int kCount = 8192 / sizeof(Real);
+  alignas(64) Real from[kCount], to[kCount];
+  for (int i = 0; i < kCount; ++i) from[i] = static_cast<Real>(-i) / 64;
+  for (int64_t n = 0; n < rounds; ++n) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; i += kLanes<Real>) store(to + i, exp2_vec<Real>(load(from + i)));
+    from[n % kCount] = to[n % kCount];  // the next round is not the same computation
+  }
+  volatile Real keep = to[0];
+  (void)keep;
+  return static_cast<double>(kCount) * static_cast<double>(rounds);
+}
+
+}  // namespace
+}  // namespace tformer::TFORMER_ISA

@@ -1,0 +1,157 @@
+"""attention: values and gradients against the float64 reference, for every case, dtype and instruction set."""
+
+import pytest
+import torch
+from cases import CASES, Case, gradients, in_dtype, tensors
+from same_maths import yardsticks
+from tolerances import DTYPES, assert_close, assert_gradient_close, farther, yardstick_dtype
+
+from tformer_ext import functional as F
+from tformer_ext import reference
+
+NAMES = ("query", "key", "value", "bias or sinks", "sinks")
+
+
+def poison(*shapes_and_dtypes):
+    """Leaves NaN in the memory that the next allocations of these sizes are likely to get."""
+    for shape, dtype in shapes_and_dtypes:
+        torch.full(shape, float("nan"), dtype=dtype)
+
+
+def dtypes_of(case):
+    """All four for the small; the long ones, which differ in ranges only, in two."""
+    return DTYPES if case.shape[4] < 2000 else (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case, isa):
+    for dtype in dtypes_of(case):
+        torch.manual_seed(1)
+        qkv, options = tensors(case, dtype)
+        B, Hq, _, Sq, _, _, Dv = case.shape
+        cotangents = torch.randn(B, Hq, Sq, Dv).to(dtype), torch.randn(B, Hq, Sq)
+        golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
+        same = yardsticks(qkv, options, cotangents, yardstick_dtype(dtype))
+        leaves, keywords = in_dtype(qkv, options, dtype, True)
+        poison(((B, Hq, Sq, Dv), dtype), ((B, Hq, Sq), torch.float32))
+        actual = gradients(F.attention, leaves, keywords, cotangents)
+
+        forms = list(zip(*same, strict=True))
+        for name, a, g, f in zip(("out", "lse"), actual[0], golden[0], forms[:2], strict=True):
+            assert_close(a.detach(), g.detach(), farther(f, g.detach()), f"{dtype} {name}")
+        for name, a, g, f in zip(NAMES, actual[1], golden[1], forms[2:], strict=False):
+            assert_gradient_close(a, g, farther(f, g), f"{dtype} gradient of {name}")
+            assert a.dtype == dtype
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES)
+def test_bias_of_another_dtype(bias_dtype, isa):
+    qkv, options = tensors(Case("", (2, 2, 2, 20, 70, 16, 16), bias=(2, 1, 20, 70)), torch.float32)
+    bias = options["bias"].to(bias_dtype).requires_grad_()
+    out = F.attention(*qkv, bias=bias)
+    golden = reference.attention(*(t.double() for t in qkv), bias=bias.double())
+    same = reference.attention(*qkv, bias=bias.float())
+    assert_close(out.detach(), golden.detach(), same.detach())
+    (gradient,) = torch.autograd.grad(out.square().sum(), bias)
+    (expected,) = torch.autograd.grad(golden.square().sum(), bias)
+    assert gradient.dtype == bias_dtype
+    (yardstick,) = torch.autograd.grad(same.square().sum(), bias)
+    # a float64 bias of a float32 attention has a gradient of float32's precision
+    computed = torch.float32 if bias_dtype == torch.float64 else bias_dtype
+    assert_gradient_close(gradient.to(computed), expected.double(), yardstick.to(computed))
+
+
+def test_most_negative_bias_still_takes_part(isa):
+    """Masks written as the most negative number leave a fully masked row uniform, as the formula says."""
+    q, k, v = (torch.randn(1, 1, 9, 8) for _ in range(3))
+    bias = torch.zeros(9, 9)
+    bias[3] = torch.finfo(torch.float32).min
+    out = F.attention(q, k, v, bias=bias)
+    torch.testing.assert_close(out[0, 0, 3], v[0, 0].mean(0))
+
+
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD", "SBHD"])
+def test_output_keeps_the_memory_order_of_query(layout):
+    qkv, _ = tensors(Case("", (2, 3, 3, 5, 5, 8, 4), layout=layout), torch.float32)
+    out, lse = F.attention(*qkv, return_lse=True)
+    order = sorted(range(3), key=lambda d: -qkv[0].stride(d))
+    assert sorted(range(3), key=lambda d: -out.stride(d)) == order
+    assert out.permute(*order, 3).is_contiguous() and lse.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_empty(shape, sinks, isa):
+    qkv, options = tensors(Case("", shape, sinks=sinks, bias=(1, 2, 1, 1)), torch.float32)
+    leaves, options = in_dtype(qkv, options, torch.float32, True)
+    out, lse = F.attention(*leaves, **options, return_lse=True)
+    B, H, _, Sq, Sk, _, Dv = shape
+    assert out.shape == (B, H, Sq, Dv)
+    if Sk == 0:
+        assert torch.equal(out, torch.zeros_like(out)) and torch.equal(lse, torch.full_like(lse, -torch.inf))
+    grads = torch.autograd.grad(out.sum() + torch.where(lse == -torch.inf, 0, lse).sum(), [*leaves, *options.values()])
+    if Sk == 0 or Sq == 0 or B == 0:
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+def test_dead_rows_are_zero_with_zero_gradients(isa):
+    for dtype in DTYPES:
+        q, k, v = (torch.randn(1, 2, 70, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+        mask = torch.ones(70, 70, dtype=torch.bool)
+        mask[10:20] = False
+        mask[:, 64:] = False
+        bias = torch.zeros(70, 70, dtype=dtype)
+        bias[30] = -torch.inf
+        out, lse = F.attention(q, k, v, mask=mask, bias=bias, return_lse=True)
+        dead = [*range(10, 20), 30]
+        assert out[:, :, dead].eq(0).all() and lse[:, :, dead].eq(-torch.inf).all()
+        assert torch.isfinite(lse[:, :, [0, 21, 69]]).all()
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(torch.isfinite(g).all() for g in grads)
+        assert grads[0][:, :, dead].eq(0).all()
+        assert grads[1][:, :, 64:].eq(0).all() and grads[2][:, :, 64:].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, isa):
+    leaves = [torch.randn(1, 1, 100, 16).to(dtype) for _ in range(3)]
+    leaves[("query", "key", "value").index(where)][0, 0, 50, 3] = bad
+    leaves = [t.requires_grad_() for t in leaves]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    mask = torch.rand(100, 100) > 0.5
+    out = F.attention(*leaves, mask=mask, causal=True)
+    golden = reference.attention(*doubles, mask=mask, causal=True)
+    hit = ~torch.isfinite(golden)
+    assert hit.any() and torch.equal(~torch.isfinite(out), hit)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    expected = torch.autograd.grad(golden.sum(), doubles)
+    for name, g, e in zip(NAMES, grads, expected, strict=False):
+        assert torch.equal(~torch.isfinite(g), ~torch.isfinite(e)), name
+
+
+def test_hidden_garbage_reaches_nothing(isa):
+    """What padding holds does not matter, not even NaN."""
+    q, k, v = (torch.randn(2, 2, 130, 32, requires_grad=True) for _ in range(3))
+    lengths = torch.tensor([130, 77])
+    clean = F.attention(q, k, v, key_lengths=lengths)
+    clean_grads = torch.autograd.grad(clean.sum(), (q, k, v))
+    dirty_k, dirty_v = k.detach().clone(), v.detach().clone()
+    dirty_k[1, :, 77:], dirty_v[1, :, 77:] = float("nan"), float("inf")
+    dirty_k.requires_grad_(), dirty_v.requires_grad_()
+    mask = (torch.arange(130) < lengths[:, None])[:, None, None]
+    for keywords in ({"key_lengths": lengths}, {"mask": mask}):
+        out = F.attention(q, dirty_k, dirty_v, **keywords)
+        torch.testing.assert_close(out, clean, rtol=1e-6, atol=1e-6)
+        grads = torch.autograd.grad(out.sum(), (q, dirty_k, dirty_v))
+        for a, b in zip(grads, clean_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_large_scores_do_not_overflow(isa):
+    for dtype in DTYPES[1:]:
+        q, k, v = (torch.randn(1, 1, 70, 16).to(dtype) for _ in range(3))
+        out = F.attention(q * 100, k, v, scale=10.0)
+        golden = reference.attention((q * 100).double(), k.double(), v.double(), scale=10.0)
+        assert_close(out, golden, reference.attention(q * 100, k, v, scale=10.0))
