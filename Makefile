@@ -1,7 +1,7 @@
 # Every target sets up all that it needs in a virtual environment: Python >= 3.10, make and a C++ compiler suffice.
 #   make demo        train and time a small model with and without the kernels   (DEMO_ARGS=--quick: in short)
 #   make test        the test suite                                              (TEST_ARGS="-k dropout -x")
-#   make dev         everything a developer needs, and compile_commands.json
+#   make dev         everything a developer needs; clangd finds build/compile_commands.json
 #   make lint        formatters and linters, changing nothing;  make format: let them change files
 #   make bench       the benchmarks                                              (BENCH_ARGS=...)
 #   make sanitize    the quicker tests under the address and undefined-behaviour sanitizers
@@ -25,7 +25,6 @@ bench: $(VENV)/demo.stamp build
 	$(BIN)/python -m tformer_ext bench $(BENCH_ARGS)
 
 dev: $(VENV)/test.stamp $(VENV)/demo.stamp $(VENV)/dev.stamp build
-	$(BIN)/ninja -C "$$(ls -td build/cpython-*/ | head -n 1)" -t compdb > compile_commands.json
 
 LINTED_CPP = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -51,7 +50,7 @@ sanitize: $(VENV)/test.stamp
 	  $(abspath $(BIN))/python -m pytest -m "not slow" --ignore tests/test_build.py --ignore tests/test_style.py $(TEST_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info tformer_ext/*.so compile_commands.json .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info tformer_ext/*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Compiles what changed, into the source tree, where the editable installation finds it.

@@ -4,10 +4,10 @@ pyproject.toml holds everything that is not compilation. Environment variables r
   TFORMER_CUDA=auto|0|1    compile csrc/cuda? auto: if torch is a CUDA build and a CUDA toolkit is found
   TFORMER_SANITIZE=address,undefined    compile with one or both of these sanitizers
   MAX_JOBS=n               files compiled at a time (default: the number of cores)
-  CXX, CFLAGS              the C++ compiler, and flags appended to ours
+  CXX, CFLAGS              the C++ compiler, and flags put before ours
 
-All objects are edges of one ninja file. setuptools and torch's BuildExtension know a single set of flags per
-extension, but here the same source is compiled once per instruction set, each into a folder of its own.
+torch's BuildExtension compiles with one set of flags; each further set is a Group here, compiled by the same class into
+a folder of its own.
 """
 
 import json
@@ -17,14 +17,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
+os.chdir(ROOT)  # paths below are relative to it, as setuptools wants them
 
 HOST_SOURCES = [
     "csrc/schema.cpp",
@@ -41,7 +44,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 ISA_FLAGS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
-COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-psabi"]
+COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
 # FMA contraction, no errno and no traps are free speed. Never -ffast-math: NaN and infinity have a meaning.
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # gcc's own AVX-512 headers set these two off.
@@ -55,6 +58,15 @@ CUDA_FLAGS = {
     "csrc/cuda/sm90": ["-gencode=arch=compute_90a,code=sm_90a"],
 }
 SANITIZERS = ("address", "undefined")
+
+
+@dataclass
+class Group:
+    """Sources that are compiled with the same flags, into the folder `name`."""
+
+    name: str
+    sources: list[str]
+    flags: list[str]
 
 
 def sanitizers_from_environment():
@@ -73,7 +85,7 @@ def cuda_toolkit_from_environment():
         raise SystemExit(f"TFORMER_CUDA: expected auto, 0 or 1, got {setting!r}")
     if setting == "0":
         return None
-    if not any((ROOT / "csrc/cuda").rglob("*.cu")):
+    if not any(Path("csrc/cuda").rglob("*.cu")):
         if setting == "1":
             raise SystemExit("TFORMER_CUDA=1: this version contains no CUDA sources (csrc/cuda/*.cu)")
         return None
@@ -83,187 +95,124 @@ def cuda_toolkit_from_environment():
         if not found:
             raise SystemExit(f"TFORMER_CUDA=1: {home} is no CUDA toolkit (no cuda_runtime.h, nvcc); set CUDA_HOME")
         return home
-    import torch
-
     return home if found and torch.version.cuda else None
+
+
+def find_ninja():
+    """Puts the PyPI package's ninja program on PATH: BuildExtension looks for it there only."""
+    try:
+        import ninja
+
+        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
+    except ImportError:
+        if shutil.which("ninja") is None:
+            raise SystemExit("tformer_ext needs ninja to compile: pip install ninja") from None
+
+
+def find_compiler():
+    """The C++ compiler's command."""
+    command = shlex.split(cpp_extension.get_cxx_compiler())
+    if shutil.which(command[0]) is None:
+        raise SystemExit(f"tformer_ext needs a C++17 compiler: {command[0]!r} is not on PATH (set CXX)")
+    return command
+
+
+def compiler_accepts(flags):
+    """Whether the compiler knows these flags (an unknown warning is only an error with -Werror)."""
+    command = [*find_compiler(), "-Werror", *flags, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def isa_flags():
+    """Flags of every instruction set that this machine's family has and the compiler can target."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    chosen = {}
+    for isa, flags in ISA_FLAGS.items():
+        if not flags or (is_x86 and compiler_accepts(flags)):
+            quiet = QUIET_AVX512_FLAGS if "avx512" in isa and compiler_accepts(QUIET_AVX512_FLAGS) else []
+            chosen[isa] = [*flags, *quiet]
+        elif is_x86:
+            print(f"tformer_ext: the compiler does not know {' '.join(flags)}; leaving {isa} out", file=sys.stderr)
+    return chosen
+
+
+def system_include_flags():
+    """Where pybind11's and torch's headers are; -isystem: warnings in them are not ours to fix."""
+    folders = cpp_extension.include_paths()
+    try:
+        import pybind11
+
+        folders = [pybind11.get_include(), *folders]
+    except ImportError:
+        pass  # torch bundles an older copy
+    return [flag for folder in folders for flag in ("-isystem", folder)]
 
 
 def git_commit():
     """The commit being built, with "-dirty" if files differ from it; None outside a git checkout."""
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+    if not Path(".git").exists() or shutil.which("git") is None:
         return None
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or None
 
 
-def find_ninja():
-    """Path of the ninja program: the PyPI package's, whose folder need not be on PATH, else the system's."""
-    try:
-        import ninja
-
-        return os.path.join(ninja.BIN_DIR, "ninja")
-    except ImportError:
-        return shutil.which("ninja") or sys.exit("tformer_ext needs ninja to compile: pip install ninja")
-
-
-def include_flags(torch):
-    """Where pybind11's, torch's and Python's headers are; -isystem: warnings in them are not ours to fix."""
-    try:
-        import pybind11
-
-        first = ["-isystem", pybind11.get_include()]
-    except ImportError:
-        first = []  # torch bundles an older copy
-    torch_include = Path(torch.__file__).parent / "include"
-    return [*first, "-isystem", torch_include, "-isystem", sysconfig.get_paths()["include"]]
-
-
-def relative_sources(pattern):
-    return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
-
-
-class Compiler:
-    """The C++ compiler, and which flags it knows."""
-
-    def __init__(self):
-        self.command = shlex.split(os.environ.get("CXX", "c++"))
-        if shutil.which(self.command[0]) is None:
-            raise SystemExit(f"tformer_ext needs a C++17 compiler: {self.command[0]!r} is not on PATH (set CXX)")
-
-    def accepts(self, flags):
-        """Whether the compiler knows these flags (an unknown warning is only an error with -Werror)."""
-        command = [*self.command, "-Werror", *flags, "-E", "-x", "c++", os.devnull]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-    def isa_flags(self):
-        """Flags of every instruction set that this machine's family has and the compiler can target."""
-        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-        chosen = {}
-        for isa, flags in ISA_FLAGS.items():
-            if not flags or (is_x86 and self.accepts(flags)):
-                quiet = QUIET_AVX512_FLAGS if "avx512" in isa and self.accepts(QUIET_AVX512_FLAGS) else []
-                chosen[isa] = [*flags, *quiet]
-            elif is_x86:
-                print(
-                    f"tformer_ext: the compiler does not know {' '.join(flags)}; leaving {isa} out",
-                    file=sys.stderr,
-                )
-        return chosen
-
-
-class NinjaFile:
-    """Text of a build.ninja: objects, each compiled by its own command, and a shared library made of them."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.lines = [
-            "ninja_required_version = 1.3",
-            "rule compile",
-            "  command = $run -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $what",
-            "rule link",
-            "  command = $run $in $libraries -o $out",
-            "  description = link $out",
-        ]
-
-    def compile(self, group, sources, command):
-        """Adds one object per source (a path below ROOT) in a folder named after the group; returns them."""
-        objects = []
-        for source in map(Path, sources):
-            target = self.folder / group / source.with_suffix(".o")
-            self.lines.append(f"build {_escape(target)}: compile {_escape(ROOT / source)}")
-            self.lines.append(f"  run = {_shell(command)}")
-            self.lines.append(f"  what = {source} ({group})")
-            objects.append(target)
-        return objects
-
-    def link(self, target, objects, command, libraries):
-        """Adds the shared library made of these objects, in this order."""
-        self.lines.append(f"build {_escape(target)}: link {' '.join(map(_escape, objects))}")
-        self.lines.append(f"  run = {_shell(command)}")
-        self.lines.append(f"  libraries = {_shell(libraries)}")
-
-    def run(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        sys.stdout.flush()  # ninja writes to the same descriptor
-        try:
-            subprocess.run([find_ninja(), "-C", str(self.folder), "-j", jobs], check=True)
-        except subprocess.CalledProcessError:
-            raise SystemExit("tformer_ext: compilation failed, the compiler's messages are above") from None
-
-
-def _escape(path):
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def _shell(command):
-    return shlex.join(map(str, command)).replace("$", "$$")
-
-
-class Build(build_ext):
-    """build_ext that compiles the extension with one ninja file in a folder kept between builds."""
+class Build(cpp_extension.BuildExtension):
+    """BuildExtension with several groups of flags and a folder of objects that is kept between builds."""
 
     def finalize_options(self):
         super().finalize_options()
         self.sanitizers = sanitizers_from_environment()
         self.cuda_toolkit = cuda_toolkit_from_environment()
-
-    def build_extension(self, ext):
-        import torch
-
-        folder = self.build_folder(torch)
-        ninja = NinjaFile(folder)
-        compiler = Compiler()
-        isa_flags = compiler.isa_flags()
-        debug = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"] if self.sanitizers else []
-        debug += [f"-fsanitize={name}" for name in self.sanitizers]
-        # The last of two contradicting flags wins: the sanitizers' over ours, the user's over both.
-        last = [*debug, *shlex.split(os.environ.get("CFLAGS", ""))]
-        command = [*compiler.command, *COMMON_FLAGS, f"-I{ROOT}/csrc"]
-        host = [*command, "-O2", *TORCH_MACROS, *include_flags(torch), *last]
-        host.append(f"-DTFORMER_FOR_EACH_ISA(X)={' '.join(f'X({isa})' for isa in isa_flags)}")
-        if self.cuda_toolkit:
-            host += ["-DUSE_CUDA", f"-I{self.cuda_toolkit}/include"]
-
-        kernels = []  # named first because they take longest, linked last
-        for isa, flags in isa_flags.items():
-            flags = [*KERNEL_FLAGS, *flags, f"-DTFORMER_ISA={isa}", *last]
-            kernels += ninja.compile(isa, KERNEL_SOURCES, [*command, *flags])
-        cuda, libraries = self.add_cuda(ninja, host) if self.cuda_toolkit else ([], [])
-        info = self.write_build_info(folder, torch, isa_flags, last)
-        objects = ninja.compile("host", [*HOST_SOURCES, info.relative_to(ROOT)], host)
-        # Nothing of libtorch.so itself is used, but needing it lets the loader find what is in libtorch_cuda.
-        torch_libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-        libraries += [f"-L{Path(torch.__file__).parent}/lib", *torch_libraries]
-        ninja.link(folder / "_C.so", objects + kernels + cuda, [*compiler.command, "-shared", *last], libraries)
-        ninja.run()
-        target = self.get_ext_fullpath(ext.name)
-        self.mkpath(os.path.dirname(target))
-        self.copy_file(str(folder / "_C.so"), target)
-
-    def build_folder(self, torch):
-        """A folder per Python, torch and sanitizer: switching between them keeps each one's objects."""
+        find_compiler()
         parts = [sys.implementation.cache_tag, f"torch{torch.__version__}", *self.sanitizers]
         if Path(torch.__file__).is_relative_to(tempfile.gettempdir()):
             parts.append("isolated")  # pip's throw-away environment: its paths, and so all commands, differ every time
-        return ROOT / "build" / "-".join(parts)
+        self.build_temp = os.path.join("build", "-".join(parts))
+        self.force = True  # ninja knows what is up to date, setuptools would not see changed flags
 
-    def add_cuda(self, ninja, host):
-        """Adds csrc/cuda: kernels by nvcc, operators by the host compiler. Returns (objects, libraries)."""
-        nvcc = [f"{self.cuda_toolkit}/bin/nvcc", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        objects = ninja.compile("cuda", relative_sources("csrc/cuda/*.cpp"), host)
+    def build_extension(self, ext):
+        isas = isa_flags()
+        debug = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"] if self.sanitizers else []
+        debug += [f"-fsanitize={name}" for name in self.sanitizers]  # the last of two contradicting flags wins
+        host_flags = [*COMMON_FLAGS, "-O2", *TORCH_MACROS, *system_include_flags(), *debug]
+        host_flags.append(f"-DTFORMER_FOR_EACH_ISA(X)={' '.join(f'X({isa})' for isa in isas)}")
+        groups = [
+            Group(isa, KERNEL_SOURCES, [*COMMON_FLAGS, *KERNEL_FLAGS, *flags, f"-DTFORMER_ISA={isa}", *debug])
+            for isa, flags in isas.items()
+        ]
+        if self.cuda_toolkit:
+            host_flags += ["-DUSE_CUDA", "-isystem", f"{self.cuda_toolkit}/include"]
+            groups += self.cuda_groups(host_flags)
+            # Static: a shared cudart would tie us to one CUDA major version and break imports under a CPU torch.
+            ext.extra_link_args += [f"-L{self.cuda_toolkit}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
+            for objects in pool.map(self.compile, groups):
+                ext.extra_objects += objects
+        ext.sources.append(self.write_build_info(isas, debug))
+        ext.extra_compile_args = host_flags
+        ext.extra_link_args += debug
+        super().build_extension(ext)
+        if "isolated" not in self.build_temp:
+            self.write_compile_commands()
+
+    def compile(self, group):
+        """Objects of a group, compiled by torch's ninja wrapper into a folder of the group's name."""
+        folder = os.path.join(self.build_temp, group.name)
+        return self.compiler.compile(
+            group.sources, output_dir=folder, include_dirs=[str(ROOT / "csrc")], extra_postargs=list(group.flags)
+        )
+
+    def cuda_groups(self, host_flags):
+        """csrc/cuda: kernels by nvcc, a group per kind of machine code, and the operators by the host compiler."""
+        cpp_extension.CUDA_HOME = str(self.cuda_toolkit)  # None under a torch without CUDA, which does for compiling
+        nvcc_flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        groups = [Group("cuda", sorted(map(str, Path("csrc/cuda").glob("*.cpp"))), host_flags)]
         for folder, flags in CUDA_FLAGS.items():
-            command = [*nvcc, f"-I{ROOT}/csrc", *flags]
-            objects += ninja.compile("cuda", relative_sources(f"{folder}/*.cu"), command)
-        # Static: a shared cudart would tie us to one CUDA major version and break imports under a CPU torch.
-        return objects, [f"-L{self.cuda_toolkit}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            groups.append(Group(folder[5:], sorted(map(str, Path(folder).glob("*.cu"))), [*nvcc_flags, *flags]))
+        return [group for group in groups if group.sources]
 
-    def write_build_info(self, folder, torch, isa_flags, last):
+    def write_build_info(self, isas, debug):
         """Writes the C++ file behind _C.build_info(); returns its path. Kept unchanged if nothing changed."""
         info = {
             "version": self.distribution.get_version(),
@@ -271,17 +220,35 @@ class Build(build_ext):
             "torch": torch.__version__,
             "cuda": self.cuda_toolkit is not None,
             "sanitize": self.sanitizers,
-            "flags": {isa: " ".join([*KERNEL_FLAGS, *flags, *last]) for isa, flags in isa_flags.items()},
+            "flags": {isa: " ".join([*KERNEL_FLAGS, *flags, *debug]) for isa, flags in isas.items()},
         }
         text = "namespace tformer {\nextern const char* const build_info_json;\n"
         text += f'const char* const build_info_json = R"json({json.dumps(info, indent=1)})json";\n'
         text += "}  // namespace tformer\n"
-        path = folder / "build_info.cpp"
+        path = Path(self.build_temp, "build_info.cpp")
         if not path.exists() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        return path
+        return str(path)
+
+    def write_compile_commands(self):
+        """build/compile_commands.json, where clangd and clang-tidy find it: the commands of all groups together."""
+        commands = []
+        for file in sorted(Path(self.build_temp).rglob("build.ninja")):
+            result = subprocess.run(["ninja", "-C", file.parent, "-t", "compdb"], capture_output=True, check=True)
+            commands += json.loads(result.stdout)
+        Path("build/compile_commands.json").write_text(json.dumps(commands, indent=1))
 
 
-# The sources are listed for sdist tools only; Build compiles them in its own way.
-setup(ext_modules=[Extension("tformer_ext._C", HOST_SOURCES + KERNEL_SOURCES)], cmdclass={"build_ext": Build})
+find_ninja()
+extension = Extension(
+    "tformer_ext._C",
+    HOST_SOURCES,
+    language="c++",
+    include_dirs=[str(ROOT / "csrc")],  # ninja runs in another folder
+    library_dirs=cpp_extension.library_paths(),
+    # Not cpp_extension.CppExtension, which also links torch_python. Nothing of libtorch.so itself is used, but needing
+    # it lets the loader find what is in libtorch_cuda.
+    extra_link_args=["-Wl,--push-state,--no-as-needed,-ltorch,-ltorch_cpu,--pop-state"],
+)
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})

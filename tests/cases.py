@@ -77,7 +77,7 @@ CASES = [
     Case("one batch for all", (3, 2, 2, 20, 30, 16, 16), layout="expanded"),
     Case(
         "everything", (2, 4, 2, 70, 90, 24, 40),
-        {"causal": "lower_right", "window": (50, -1), "softcap": 4.0, "dropout_p": 0.2, "dropout_seed": 99, "scale": 0.3},
+        {"causal": "lower_right", "window": (50, -1), "softcap": 4, "scale": 0.3, "dropout_p": 0.2, "dropout_seed": 9},
         bias=(1, 4, 70, 90), mask=(2, 1, 70, 90), alibi="H", sinks=True, layout="BSHD",
     ),
     Case("several key ranges", (1, 2, 1, 40, 2500, 32, 32), {"causal": "lower_right"}),
@@ -100,9 +100,7 @@ def _laid_out(layout, B, H, S, D, dtype):
 def tensors(case, dtype):
     """(query, key, value) and keywords; the values are exact in dtype."""
     B, Hq, Hk, Sq, Sk, D, Dv = case.shape
-    qkv = [
-        _laid_out(case.layout, *shape, dtype) for shape in ((B, Hq, Sq, D), (B, Hk, Sk, D), (B, Hk, Sk, Dv))
-    ]
+    qkv = [_laid_out(case.layout, *shape, dtype) for shape in ((B, Hq, Sq, D), (B, Hk, Sk, D), (B, Hk, Sk, Dv))]
     options = dict(case.options)
     if case.bias:
         options["bias"] = torch.randn(case.bias, dtype=dtype)
@@ -122,6 +120,7 @@ FLOATING = ("bias", "sinks")  # keywords with a gradient
 
 def in_dtype(qkv, options, dtype, requires_grad=False):
     """The same call in another dtype, as fresh leaves that keep their strides."""
+
     def cast(t):
         return t.detach().to(dtype).requires_grad_(requires_grad)
 

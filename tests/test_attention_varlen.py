@@ -62,7 +62,8 @@ def test_second_derivatives():
 
 def test_no_sequences_and_int32_bounds():
     qkv = packed(torch.float32)
-    out = F.attention_varlen(*(t[:0] for t in qkv), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+    start = torch.zeros(1, dtype=torch.int32)
+    out = F.attention_varlen(*(t[:0] for t in qkv), start, start)
     assert out.shape == (0, 4, 24)
     long = F.attention_varlen(*qkv, bounds(Q_LENGTHS), bounds(K_LENGTHS))
     short = F.attention_varlen(*qkv, bounds(Q_LENGTHS).int(), bounds(K_LENGTHS).int())

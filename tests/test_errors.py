@@ -118,7 +118,7 @@ def test_devices():
     class Elsewhere:
         device = torch.device("cuda")
 
-    with pytest.raises(NotImplementedError, match="query.*CPU.*cuda"):
+    with pytest.raises(NotImplementedError, match=r"query.*CPU.*cuda"):
         tx.arguments.device_is_served(Elsewhere())
     with pytest.raises(ValueError, match="key: expected a tensor on cpu"):
         attention(key=K.to("meta"))

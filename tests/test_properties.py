@@ -78,9 +78,7 @@ def test_attention(call):
 def test_attention_gradients_are_finite_and_shaped(call):
     qkv, options = call
     leaves = [t.detach().requires_grad_() for t in qkv]
-    keywords = {
-        k: v.requires_grad_() if k in ("bias", "sinks") and isinstance(v, torch.Tensor) else v for k, v in options.items()
-    }
+    keywords = {k: v.requires_grad_() if k in ("bias", "sinks") else v for k, v in options.items()}
     wanted = leaves + [keywords[k] for k in ("bias", "sinks") if k in keywords]
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     wide = {k: as_dtype(v.detach(), torch.float64) if isinstance(v, torch.Tensor) else v for k, v in options.items()}

@@ -61,7 +61,7 @@ def assert_close(actual, golden, yardstick, name="result"):
     error, allowed = (got - want).abs().max().item(), (same - want).abs().max().item()
     allowed *= _scale(actual, yardstick)
     bound = factor() * allowed + rounding_floor(want, actual.dtype)
-    assert error <= bound, f"{name}: error {error:.3g}, the same maths in {actual.dtype} has {allowed:.3g} ({bound=:.3g})"
+    assert error <= bound, f"{name}: error {error:.3g}, the same maths has {allowed:.3g}, {bound=:.3g}"
 
 
 def assert_gradient_close(actual, golden, yardstick, name="gradient"):

@@ -5,6 +5,7 @@ read where that costs nothing, on the CPU and outside torch.compile.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -204,7 +205,7 @@ def cumulative(name, cu_seqlens, total, device, size=None):
         raise ValueError(f"{name}: expected (sequences + 1) entries, the first 0, got none")
     if _readable(t):
         values = t.tolist()
-        if values[0] != 0 or values[-1] != total or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        if values[0] != 0 or values[-1] != total or any(a > b for a, b in pairwise(values)):
             raise ValueError(f"{name}: expected 0 ... {total}, never falling, got {values}")
     return t
 

@@ -1,4 +1,4 @@
-"""The fused operations as functions. Shapes: B batch, H heads (Hq of queries, Hk of keys), S length, D head dimension."""
+"""The fused operations as functions. In shapes: B batch, H heads (Hq of queries, Hk of keys), S length, D head size."""
 
 import torch
 

@@ -1,9 +1,9 @@
 """Hugging Face transformers: after register(), attn_implementation="tformer_ext" runs models on the fused attention.
 
-    import tformer_ext as tx
-    tx.huggingface.register()
-    model = AutoModel.from_pretrained(path, attn_implementation="tformer_ext")   # or
-    model.set_attn_implementation("tformer_ext")
+import tformer_ext as tx
+tx.huggingface.register()
+model = AutoModel.from_pretrained(path, attn_implementation="tformer_ext")   # or
+model.set_attn_implementation("tformer_ext")
 """
 
 import torch
@@ -104,7 +104,7 @@ def _refuse_unknown(kwargs):
         if name == "cache":
             raise NotImplementedError("cache: paged caches (continuous batching) are not supported by tformer_ext")
         if isinstance(value, torch.Tensor) or name.startswith(("cu_seq", "max_length", "max_seq", "block_")):
-            raise NotImplementedError(f"{name}: tformer_ext does not know this attention argument and will not ignore it")
+            raise NotImplementedError(f"{name}: tformer_ext does not know this argument and will not ignore it")
 
 
 def attention_mask(*args, **kwargs):

@@ -189,8 +189,8 @@ void sum_to_shape(const Real* from, const Sizes& from_sizes, Real* to, const Siz
   }
 }
 
-// Where the gradient of the bias is summed. With a query dimension: the bias's own shape. Without: (B, Hq, 1, Sk), which
-// every (batch, head) owns a part of, summed to the bias's shape at the end.
+// Where the gradient of the bias is summed. With a query dimension: the bias's own shape. Without: (B, Hq, 1, Sk),
+// which every (batch, head) owns a part of, summed to the bias's shape at the end.
 struct BiasGradient {
   bool has_rows = false;
   Sizes sizes;

@@ -1,4 +1,4 @@
-// Threads of an op on the CPU: torch's own pool, a work queue in order of falling cost, and scratch that a thread keeps.
+// Threads of an op on the CPU: torch's own pool, a work queue in order of falling cost, scratch that a thread keeps.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -246,7 +246,7 @@ struct AttentionForward {
     for (int64_t r = 0; r < rows; ++r, o += out_columns) {
       const bool dead = st[r].dead();
       if (p.sinks && !dead) {
-        Real logit;
+        Real logit = 0;
         read_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, sink_of(h), 1, &logit);
         scale_row(o, st[r].add_sink(logit));
       }

@@ -85,8 +85,8 @@ struct Scores {
   }
 
   // s[0, n): products of query i with keys key0 ..; n a whole number of vectors. Turns them into scores, up to a
-  // positive factor that is returned: applying it is free in the exponent that follows. Hidden keys become -inf. Where `slope_of_cap` is given it
-  // receives the derivative of the softcap.
+  // positive factor that is returned: applying it is free in the exponent that follows. Hidden keys become -inf.
+  // Where `slope_of_cap` is given it receives the derivative of the softcap.
   Real finish_row(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
     const int64_t begin = range.begin(i) - key0, end = range.end(i) - key0;
     Real left = scale;

@@ -243,7 +243,7 @@ TFORMER_INLINE V rounded(V v) {
   }
 }
 
-// ---- 32 x 32 -> 64 bit products of the even lanes --------------------------------------------------------------------
+// ---- 32 x 32 -> 64 bit products of the even lanes --------------------------------------------------
 
 using U64 = Vec<uint64_t>;
 
