@@ -1,5 +1,5 @@
 # Every target sets up all that it needs in a virtual environment: Python >= 3.10, make and a C++ compiler suffice.
-#   make demo        train and time a small model with and without the kernels   (DEMO_ARGS=--quick: in short)
+#   make demo        a pretrained BERT and a training run, stock against ours  (DEMO_ARGS=--quick: in short)
 #   make test        the test suite                                              (TEST_ARGS="-k dropout -x")
 #   make dev         everything a developer needs; clangd finds build/compile_commands.json
 #   make lint        formatters and linters, changing nothing;  make format: let them change files

@@ -32,3 +32,11 @@ def test_copies_and_bias():
 def test_checks_its_arguments():
     with pytest.raises(ValueError, match="query"):
         tx.explain(torch.randn(3), torch.randn(3), torch.randn(3))
+
+
+def test_checks_its_options():
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="causal"):
+        tx.explain(q, q, q, causal="sideways")
+    with pytest.raises(TypeError, match="no_such_option"):
+        tx.explain(q, q, q, no_such_option=1)

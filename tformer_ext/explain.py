@@ -6,6 +6,7 @@ import torch
 
 from . import _C
 from . import arguments as check
+from .functional import attention
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Explanation:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
+def _check_options(query, key, value, options):
+    """Raises as the call would; nothing is computed on the meta device."""
+    tensors = [t.detach().to("meta") for t in (query, key, value)]
+    moved = {k: v.detach().to("meta") if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    attention(*tensors, **moved)
+
+
 def explain(query, key, value, **options):
     """Explains the call tformer_ext.functional.attention(query, key, value, **options) without running it.
 
@@ -34,6 +42,7 @@ def explain(query, key, value, **options):
     """
     check.check_qkv(query, key, value)
     check.device_is_served(query)
+    _check_options(query, key, value, options)
     isa = _C.cpu_isa()
     notes = []
     native_bf16 = isa == "avx512bf16"
