@@ -1,5 +1,5 @@
 // What one thread's arithmetic units can do, for benchmarks to compare the kernels with: multiply-adds that touch no
-// memory, in the form in which products of type T use them, and exp2 of numbers in the first-level cache.
+// memory, in the form in which products of type T use them, and exp of numbers in the first-level cache.
 #pragma once
 
 #include "product.h"
@@ -45,7 +45,7 @@ double exp_operations(int64_t rounds) {
   for (int i = 0; i < kCount; ++i) from[i] = static_cast<Real>(-i) / 64;
   for (int64_t n = 0; n < rounds; ++n) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kCount; i += kLanes<Real>) store(to + i, exp2_vec<Real>(load(from + i)));
+    for (int i = 0; i < kCount; i += kLanes<Real>) store(to + i, exp_vec<Real>(load(from + i)));
     from[n % kCount] = to[n % kCount];  // the next round is not the same computation
   }
   volatile Real keep = to[0];

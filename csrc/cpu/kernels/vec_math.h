@@ -1,4 +1,4 @@
-// exp2, exp and tanh of a vector. Polynomials: Chebyshev interpolation, maximal relative error in the comment.
+// exp and tanh of a vector. Polynomials: Chebyshev interpolation, maximal relative error in the comment.
 #pragma once
 
 #include "vec.h"
@@ -12,6 +12,7 @@ struct MathConstants;
 template <>
 struct MathConstants<float> {
   static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kLog2e = 1.44269502f, kLog2eRest = 1.92596299e-8f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   // 2^f, |f| <= 1/2: 2.5e-9
   static constexpr float kExp2[] = {1.0f,           0.693147207f,   0.240226509f,   0.0555032723f,
@@ -24,6 +25,7 @@ struct MathConstants<float> {
 template <>
 struct MathConstants<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kLog2e = 1.4426950408889634, kLog2eRest = 2.0355273740931033e-17;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   // 2^f, |f| <= 1/2: 5.6e-20
   static constexpr double kExp2[] = {1.0,
@@ -55,24 +57,20 @@ TFORMER_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[kCount]) {
   return y;
 }
 
-// 2^x for x <= 128 (1024 for double). Below the normal range the result is 0; NaN stays NaN.
-template <class T>
-TFORMER_INLINE Vec<T> exp2_vec(Vec<T> x) {
-  using M = MathConstants<T>;
-  using I = Vec<Integer<T>>;
-  const Vec<T> lowest = splat(static_cast<T>(-M::kBias));
-  x = (x < lowest) ? lowest : x;
-  const Vec<T> shifted = x + M::kRound;
-  const Vec<T> fraction = x - (shifted - M::kRound);
-  const Vec<T> power = (Vec<T>)(((I)shifted + M::kBias) << M::kMantissa);
-  return polynomial<T>(fraction, M::kExp2) * power;
-}
-
-// e^x for x <= 88 (709 for double), likewise. The product's rounding error is relative to x, which is small where e^x
-// is not.
+// e^x = 2^n 2^f with n = round(x log2 e), for x <= 88 (709 for double). Below the normal range the result is 0; NaN stays
+// NaN. The product x log2 e is exact up to n where multiply-adds are fused, so that f does not carry the rounding of a
+// large x (Cody & Waite 1980).
 template <class T>
 TFORMER_INLINE Vec<T> exp_vec(Vec<T> x) {
-  return exp2_vec<T>(x * static_cast<T>(1.4426950408889634));
+  using M = MathConstants<T>;
+  using I = Vec<Integer<T>>;
+  const Vec<T> lowest = splat(static_cast<T>(-M::kBias * 0.693147180559945309));
+  x = (x < lowest) ? lowest : x;
+  const Vec<T> shifted = x * M::kLog2e + M::kRound;
+  const Vec<T> n = shifted - M::kRound;
+  const Vec<T> fraction = x * M::kLog2eRest + (x * M::kLog2e - n);
+  const Vec<T> power = (Vec<T>)(((I)shifted + M::kBias) << M::kMantissa);
+  return polynomial<T>(fraction, M::kExp2) * power;
 }
 
 // tanh(x): the odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that formula elsewhere.

@@ -1,0 +1,258 @@
+"""The benchmark itself: what it counts, how it takes turns, what its files and bars say."""
+
+import dataclasses
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from tformer_ext.bench import accuracy, attention, bars, ceilings, files, harness, norms, small
+from tformer_ext.bench.job import OURS, Floor, Job
+from tformer_ext.bench.record import Record, best_peer, by_case
+from tformer_ext.commands import bench
+
+
+def record(case="B4 H12 S512 D64", contender=OURS, median_us=100.0, **fields):
+    """A record of the attention grid unless told otherwise."""
+    values = {
+        "group": "attention", "case": case, "dtype": "float32", "direction": "forward", "contender": contender,
+        "is_peer": contender != OURS, "tags": "grid S512 D64", "threads": 2, "median_us": median_us,
+        "low_us": median_us, "high_us": median_us, "calls": 3, "ratio_to_ours": median_us / 100.0,
+    }  # fmt: skip
+    return Record(**{**values, **fields})
+
+
+def test_contenders_take_turns():
+    order = []
+
+    def contender(name):
+        def call():
+            order.append(name)
+            torch.ones(200_000).sum()  # long enough to be timed one call at a time
+
+        return harness.Contender(name, call)
+
+    options = harness.Options(budget=0.02, memory=False)
+    timings = harness.measure([contender("a"), contender("b")], options)
+    assert set(timings) == {"a", "b"}
+    assert all(len(timing.seconds) >= 3 and timing.median > 0 for timing in timings.values())
+    changes = sum(before != after for before, after in pairwise(order))
+    assert changes > 4  # not all of one, then all of the other
+
+
+def test_a_peer_that_cannot_run_is_left_out():
+    def refuses():
+        raise RuntimeError("no such backend")
+
+    fine, broken = harness.Contender("fine", lambda: None), harness.Contender("broken", refuses)
+    options = harness.Options(budget=0.005, memory=False)
+    assert set(harness.measure([fine, broken], options)) == {"fine"}
+    with pytest.raises(RuntimeError, match="no such backend"):
+        harness.measure([broken, fine], options)
+
+
+def test_extra_bytes_are_those_beyond_the_results(capfd):
+    keeps = harness.Contender("keeps", lambda: torch.empty(1 << 20))
+    wastes = harness.Contender("wastes", lambda: (torch.empty(1 << 20), torch.empty(1 << 18).sum())[0])
+    assert harness.extra_bytes(keeps) == 0
+    assert harness.extra_bytes(wastes) >= 4 << 18
+    assert capfd.readouterr().err == ""
+
+
+def test_pairs_are_those_of_the_mask():
+    for problem in (
+        attention.Problem(3, 2, 20, 8),
+        attention.Problem(3, 2, 20, 8, causal=True),
+        attention.Problem(3, 2, 20, 8, causal=True, window=5),
+        attention.Problem(3, 2, 20, 8, padding=0.5),
+        attention.Problem(3, 4, 10, 8, keys=30, key_heads=2),
+    ):
+        mask = attention._mask(problem)
+        seen = torch.ones(problem.B, problem.H, problem.S, problem.Sk, dtype=torch.bool)
+        seen &= seen.tril() if problem.causal else seen
+        seen &= seen if mask is None else mask
+        assert problem.pairs() == seen.sum(), str(problem)
+
+
+def test_floors():
+    problem = attention.Problem(2, 3, 10, 8)
+    assert problem.floor("forward") == Floor(fma=600 * 32, exp=600)
+    assert problem.floor("backward") == Floor(fma=600 * 80, exp=600)
+    assert norms.Problem(10, 20).floor("forward", 2).bytes == 3 * 400
+    assert norms.Problem(10, 20, return_residual=True).floor("forward", 4).bytes == 4 * 800
+    peaks = ceilings.Ceilings("float32", 1, fma=100.0, exp=10.0, copy=50.0)
+    assert Floor(fma=200, exp=30).seconds(peaks) == 5
+    assert Floor(fma=200, exp=30, bytes=400).seconds(peaks) == 8
+
+
+def test_ceilings_are_measured():
+    peaks = ceilings.measure_ceilings(torch.float32, threads=1, seconds=0.005)
+    assert peaks.fma > 1e8 and peaks.exp > 1e6 and peaks.copy > 1e7
+
+
+def contenders_agree(made, tolerance):
+    results = {contender.name: contender.call() for contender in made}
+    ours = results.pop(OURS)
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    for name, theirs in results.items():
+        for a, b in zip(ours, theirs if isinstance(theirs, tuple) else (theirs,), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        attention.Problem(2, 4, 40, 16, causal=True),
+        attention.Problem(2, 4, 40, 16, key_heads=2),
+        attention.Problem(2, 4, 40, 16, padding=0.5),
+        attention.Problem(2, 4, 40, 16, bias=True),
+        attention.Problem(2, 4, 40, 16, causal=True, window=7),
+    ],
+    ids=str,
+)
+def test_contenders_of_attention_do_the_same_job(problem, direction):
+    made = attention.make_contenders(problem, torch.float32, direction, harness.Options())
+    assert [c.name for c in made] == [OURS, "torch SDPA", "SDPA math", "eager"]
+    contenders_agree(made, 1e-4)
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_contenders_of_norms_do_the_same_job(direction, rms):
+    problem = norms.Problem(20, 30, return_residual=True, rms=rms)
+    contenders_agree(norms.make_contenders(problem, torch.float32, direction, harness.Options()), 1e-4)
+
+
+def test_csv_keeps_everything(tmp_path):
+    records = [record(percent_of_fma=81.25, extra_bytes=7), record(contender="torch SDPA", median_us=250.0)]
+    files.write_csv(tmp_path / "a.csv", {"cpu": "some: thing", "threads": "2"}, records)
+    about, read = files.read_csv(tmp_path / "a.csv")
+    assert about == {"cpu": "some: thing", "threads": "2"} and read == records
+
+
+def test_csv_of_something_else_is_refused(tmp_path):
+    (tmp_path / "b.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns are missing"):
+        files.read_csv(tmp_path / "b.csv")
+
+
+def test_changes_names_what_got_slower():
+    old = [record("x"), record("y"), record("z")]
+    new = [record("x", median_us=105.0), record("y", median_us=150.0), record("z", median_us=50.0)]
+    assert [(r.case, ratio) for r, ratio in files.changes(old, new)] == [("y", 1.5), ("z", 0.5)]
+
+
+def test_best_peer():
+    contenders = {r.contender: r for r in (record(), record(contender="a", median_us=90), record(contender="b"))}
+    assert best_peer(contenders).contender == "a"
+    assert best_peer({OURS: record()}) is None
+    assert list(by_case(contenders.values())) == [record().key]
+
+
+def verdicts(records, native=True):
+    return {bar.name: bar for bar in bars.bars(records, native)}
+
+
+def test_bars_hold_and_fall_short():
+    sdpa = {"contender": attention.SDPA}
+    fast = [record(percent_of_fma=90.0), record(**sdpa, median_us=300.0)]
+    slow = [record("other", percent_of_fma=40.0), record("other", **sdpa, median_us=75.0)]
+    ratio, worst = "attention forward over torch SDPA, grid", "attention, the worst case over its best peer"
+    share = "float32 forward, share of FMA peak"
+    found = verdicts(fast)
+    assert found[ratio].measured == pytest.approx(3.0) and found[ratio].holds
+    assert found[worst].holds and found[share].measured == 90.0 and found[share].holds
+    found = verdicts(fast + slow)
+    assert found[ratio].measured == pytest.approx(1.5) and found[ratio].holds is False
+    assert found[worst].measured == 0.75 and found[worst].holds is False and "other" in found[worst].detail
+    assert found[share].measured == 40.0 and found[share].holds is False
+    assert found["two threads over one"].verdict() == "not measured"
+
+
+def test_bars_compare_cases():
+    base = record()
+    found = verdicts([base, record("B4 H12 S512 D64 causal", median_us=70.0)])
+    bar = found["causal over full, S >= 512, slowest"]
+    assert bar.measured == pytest.approx(0.7) and bar.holds is False
+    found = verdicts([base, record("B4 H12 S512 D64 dropout", median_us=130.0)])
+    assert found["dropout 0.1 over none, slowest"].holds
+    found = verdicts([base, record(dtype="float16", median_us=101.0)])
+    assert found["float16 over float32, slowest"].holds is False
+    tiny = [record("attention", group="overhead", median_us=8.0)]
+    tiny.append(record("attention", "torch SDPA", 5.0, group="overhead"))
+    bar = verdicts(tiny)["tiny attention without gradient, longer than torch's by"]
+    assert bar.measured == pytest.approx(3.0) and bar.holds is False
+
+
+def test_bfloat16_share_is_for_native_products_only():
+    records = [record(dtype="bfloat16", percent_of_fma=50.0)]
+    name = "bfloat16 forward, share of FMA peak"
+    assert verdicts(records)[name].holds is False and verdicts(records, native=False)[name].holds is None
+
+
+def test_errors_are_small_but_measured():
+    found = list(accuracy.errors())
+    assert {e.dtype for e in found} == {"float32", "bfloat16", "float16"}
+    for e in found:
+        assert 0 < e.ours <= 2 * e.torch + 8 * torch.finfo(getattr(torch, e.dtype)).eps, e
+
+
+def test_job_makes_a_record_for_each_contender():
+    def contenders(_options):
+        return [harness.Contender(OURS, lambda: None), harness.Contender("other", lambda: None)]
+
+    job = Job("g", "c", "float32", "forward", "t", contenders, Floor(fma=1e6, exp=10, bytes=100))
+    ours, other = job.run(harness.Options(budget=0.005))
+    assert not ours.is_peer and other.is_peer and ours.ratio_to_ours == 1
+    assert ours.percent_of_floor > 0 and ours.percent_of_fma > 0 and ours.extra_bytes == 0
+
+
+def test_command_end_to_end(tmp_path, capsys):
+    arguments = ["--quick", "--filter", "overhead/layer_norm/float32/forward", "--budget", "0.01", "--threads", "1"]
+    arguments += ["--output", str(tmp_path), "--json"]
+    assert bench.main(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["about"]["threads"] == "1" and told["bars"]
+    assert [r["contender"] for r in told["records"]] == [OURS, "torch layer_norm"]
+    (file,) = tmp_path.glob("*.csv")
+    assert [dataclasses.asdict(r)["contender"] for r in files.read_csv(file)[1]] == [OURS, "torch layer_norm"]
+
+
+def test_command_prints_tables_and_plots(tmp_path, capsys):
+    arguments = ["--filter", "^attention/B8 H12 S128 D64/float32/forward", "--budget", "0.01"]
+    assert bench.main([*arguments, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "torch SDPA x" in printed and "share of FMA peak" in printed and "grad query" in printed
+    (plot,) = tmp_path.glob("*.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads: expected 1 or more, got 0"),
+        (["--budget", "0"], "--budget"),
+        (["--filter", "("], "--filter: expected a regular expression"),
+        (["--against", "no-such.csv"], "--against"),
+        (["--output", "no-such-folder"], "--output"),
+    ],
+)
+def test_command_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_filter_that_matches_nothing_is_an_error(capsys, tmp_path):
+    assert bench.main(["--filter", "no such job", "--output", str(tmp_path)]) == 1
+    assert "--filter: no job matches" in capsys.readouterr().err
+
+
+def test_names_of_jobs_are_unique():
+    jobs = [*attention.jobs(), *norms.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
+    assert len({job.name for job in jobs}) == len(jobs) > 150

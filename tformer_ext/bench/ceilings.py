@@ -1,0 +1,101 @@
+"""What the machine can do at most, measured in the same run as the kernels that are compared with it."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .. import _C
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Peaks of all threads together."""
+
+    dtype: str
+    threads: int
+    fma: float  # operations per second of multiply-adds in registers, two each, as products of this dtype use them
+    exp: float  # exponentials per second, from the first-level cache, by this package's own exp
+    copy: float  # bytes read and written per second by tensor.copy_ from and to memory
+
+    def as_text(self) -> str:
+        """One line for a table's title."""
+        peaks = f"FMA {self.fma / 1e9:.0f} GFLOP/s, exp {self.exp / 1e9:.2f} G/s"
+        return f"{self.dtype}: {peaks}, copy {self.copy / 1e9:.1f} GB/s"
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure_ceilings(dtype: torch.dtype, threads: int, seconds: float = 0.02) -> Ceilings:
+    """The ceilings now, with all threads busy at the same time; takes about 5 * seconds."""
+    name = str(dtype).removeprefix("torch.")
+    fma, exp = (arithmetic_rate(kind, name, threads, seconds) for kind in ("fma", "exp"))
+    return Ceilings(name, threads, fma, exp, copy_rate(3 * seconds))
+
+
+def arithmetic_rate(kind: str, dtype: str, threads: int, seconds: float) -> float:
+    """Operations per second, kind fma or exp, of so many threads at once."""
+    with ThreadPoolExecutor(threads) as pool:  # the GIL is released in there
+        return sum(pool.map(lambda _: _C.measure_ceiling(kind, dtype, seconds), range(threads)))
+
+
+def copy_rate(seconds: float) -> float:
+    """Bytes read plus bytes written per second, by torch's number of threads: the fastest of a few copies.
+
+    The destination has been written before, so no page is mapped while the clock runs.
+    """
+    source, target = _copy_buffers()
+    best, begin = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+_buffers: list[torch.Tensor] = []
+
+
+def _copy_buffers() -> list[torch.Tensor]:
+    """Two buffers, each at least as large as the last-level cache, mapped once for the whole run."""
+    if not _buffers:
+        count = min(max(32 << 20, last_level_cache()), 256 << 20) // 4
+        _buffers.extend([torch.ones(count), torch.zeros(count)])
+    return _buffers
+
+
+def gemm_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Operations per second of the fastest torch.mm over a few sizes that fit in cache: what a library reaches."""
+    best = 0.0
+    for size in (256, 512, 1024):
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        torch.mm(a, b)
+        begin = time.perf_counter()
+        while True:
+            start = time.perf_counter()
+            torch.mm(a, b)
+            now = time.perf_counter()
+            best = max(best, 2 * size**3 / (now - start))
+            if now - begin > seconds / 3:
+                break
+    return best
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest data cache that this process sees, 32 MiB where the system does not tell."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text.endswith("K"):
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes, default=32 << 20)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,175 @@
+"""Timing of contenders in turn, and what a call allocates."""
+
+import contextlib
+import gc
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+# A shorter batch would measure the clock; calls are repeated until one is this long.
+BATCH_SECONDS = 1e-3
+MOST_ROUNDS = 400
+
+
+@dataclass
+class Contender:
+    """One way to do a job: `call` is timed, `prepare` runs before it outside the timing."""
+
+    name: str
+    call: Callable[[], object]
+    prepare: Callable[[], object] | None = None
+    is_peer: bool = True  # does the same job, so a ratio to it means something
+    compiles: bool = False  # its first call says nothing about the next ones
+
+
+@dataclass
+class Timing:
+    """Seconds per call of each round, in order; what one call allocated beyond its results; minor page faults."""
+
+    seconds: list[float] = field(default_factory=list)
+    calls: int = 0
+    page_faults: float = 0.0
+    extra_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def quantile(self, q: float) -> float:
+        """Nearest-rank quantile, 0 <= q <= 1."""
+        ordered = sorted(self.seconds)
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+@dataclass
+class Options:
+    """What applies to every case of a run."""
+
+    threads: int = 1
+    budget: float = 0.6  # seconds for each contender of a case
+    compile: bool = False  # also time torch.compile of the eager chain
+    memory: bool = True  # also count what one call allocates
+
+
+@dataclass
+class Plan:
+    """How a contender is timed: `inner` calls a batch, one batch in each of `rounds` rounds."""
+
+    contender: Contender
+    timing: Timing
+    inner: int = 1
+    rounds: int = 0
+    done: int = 0
+
+
+def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
+    """Times all contenders in the same rounds, so that a change of the machine's speed meets all of them.
+
+    Each round goes through the contenders starting from another one. A slow contender takes part in fewer rounds,
+    evenly spread over all, at least 3 unless one call alone is longer than its budget. A contender that cannot run here
+    (RuntimeError, NotImplementedError) is left out of the result; the first one, ours, must run.
+    """
+    plans = []
+    for contender in contenders:
+        try:
+            plans.append(_plan(contender, options))
+        except (RuntimeError, NotImplementedError):
+            if contender is contenders[0]:
+                raise
+    total = max(plan.rounds for plan in plans)
+    with _no_garbage_collection():
+        for n in range(total):
+            for shift in range(len(plans)):
+                plan = plans[(n + shift) % len(plans)]
+                if plan.done < math.ceil((n + 1) * plan.rounds / total):
+                    _batch(plan)
+    for plan in plans:
+        plan.timing.page_faults /= max(1, plan.timing.calls)
+        if options.memory and plan.timing.median < 1.0:
+            plan.timing.extra_bytes = extra_bytes(plan.contender)
+    return {plan.contender.name: plan.timing for plan in plans}
+
+
+def _plan(contender: Contender, options: Options) -> Plan:
+    """Warms the contender up and spreads its budget."""
+    plan = Plan(contender, Timing())
+    first = _timed(contender, 1)
+    if not contender.compiles and first > 4 * options.budget:
+        plan.timing.seconds, plan.timing.calls = [first], 1
+        return plan
+    second = _timed(contender, 1)
+    if second < BATCH_SECONDS:  # too short to judge by one call
+        second = min(second, _timed(contender, 10) / 10)
+    plan.inner = max(1, math.ceil(BATCH_SECONDS / second))
+    plan.rounds = min(MOST_ROUNDS, max(3, int(options.budget / (second * plan.inner))))
+    return plan
+
+
+def _batch(plan: Plan) -> None:
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    plan.timing.seconds.append(_timed(plan.contender, plan.inner) / plan.inner)
+    plan.timing.page_faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    plan.timing.calls += plan.inner
+    plan.done += 1
+
+
+def _timed(contender: Contender, count: int) -> float:
+    if contender.prepare is not None:
+        contender.prepare()
+    call = contender.call
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _no_garbage_collection():
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def extra_bytes(contender: Contender) -> int:
+    """The most bytes that torch's allocator held during one call beyond those of the call's results.
+
+    What does not go through that allocator is not seen, above all the working memory that our threads keep.
+    """
+    if contender.prepare is not None:
+        contender.prepare()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        results = contender.call()
+    events = profiler.profiler.kineto_results.events()
+    held = most = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        held += change
+        most = max(most, held)
+    del results
+    return most - held
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Nothing written to the standard error's descriptor gets out: torch's profiler announces every start and stop."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,83 @@
+"""What a benchmark is made of: a job has contenders, a floor, and becomes one record per contender."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .ceilings import Ceilings, measure_ceilings
+from .harness import Contender, Options, Timing, measure
+from .record import Record
+
+OURS = "ours"  # the first contender of every job
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What cannot be avoided: operations of multiply-adds (two each), exponentials, bytes read or written."""
+
+    fma: float = 0.0
+    exp: float = 0.0
+    bytes: float = 0.0
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """Arithmetic and memory traffic cannot overlap better than completely: the longer of the two."""
+        return max(self.fma / ceilings.fma + self.exp / ceilings.exp, self.bytes / ceilings.copy)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case of a group in one dtype and direction. `contenders` makes them when their turn comes, ours first."""
+
+    group: str
+    case: str
+    dtype: str
+    direction: str
+    tags: str
+    contenders: Callable[[Options], list[Contender]]
+    floor: Floor | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}/{self.case}/{self.dtype}/{self.direction}"
+
+    def run(self, options: Options) -> Iterator[Record]:
+        """Ceilings are measured right before, so that they meet the machine in the same state."""
+        ceilings = measure_ceilings(DTYPES[self.dtype], options.threads) if self.floor else None
+        contenders = self.contenders(options)
+        timings = measure(contenders, options)
+        for contender in contenders:
+            if contender.name in timings:
+                yield self._record(contender, timings, ceilings, options)
+
+    def _record(self, contender: Contender, timings: dict[str, Timing], ceilings, options: Options) -> Record:
+        timing = timings[contender.name]
+        record = Record(
+            group=self.group,
+            case=self.case,
+            dtype=self.dtype,
+            direction=self.direction,
+            contender=contender.name,
+            is_peer=contender.is_peer and contender.name != OURS,
+            tags=self.tags,
+            threads=options.threads,
+            median_us=1e6 * timing.median,
+            low_us=1e6 * timing.quantile(0.25),
+            high_us=1e6 * timing.quantile(0.75),
+            calls=timing.calls,
+            ratio_to_ours=timing.median / timings[OURS].median,
+            extra_bytes=timing.extra_bytes,
+            page_faults=timing.page_faults,
+        )
+        if self.floor:
+            record.floor_us = 1e6 * self.floor.seconds(ceilings)
+            record.percent_of_floor = 100 * record.floor_us / record.median_us
+            if self.floor.fma:
+                record.percent_of_fma = 1e8 * self.floor.fma / ceilings.fma / record.median_us
+        return record

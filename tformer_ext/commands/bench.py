@@ -1,0 +1,129 @@
+"""`python -m tformer_ext bench`: attention and norms against torch's own, in turn within one run.
+
+Prints tables and the project's bars, writes a CSV file and plots.
+"""
+
+import argparse
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+NEEDED = ("rich", "matplotlib")
+RESULTS = Path("benchmarks/results")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the chosen jobs; 0, or 1 where none was chosen or --against found something slower."""
+    parser = argparse.ArgumentParser(prog="python -m tformer_ext bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few small cases, under a minute")
+    parser.add_argument("--filter", metavar="REGEX", help="only jobs whose group/case/dtype/direction matches")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"folder of the files ({RESULTS}, or here)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of ours")
+    parser.add_argument("--budget", type=float, default=0.6, metavar="SECONDS", help="for each contender of a job")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile of the eager chain too")
+    parser.add_argument("--against", type=Path, metavar="CSV", help="an older run: list what got slower, what faster")
+    parser.add_argument("--no-plots", action="store_true", help="write no PNG files")
+    options = parser.parse_args(argv)
+    check(parser, options)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f'bench needs {", ".join(missing)}: pip install "tformer-ext[bench]"', file=sys.stderr)
+        return 2
+    return run(options)
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exits with a message that names the option."""
+    try:
+        re.compile(options.filter or "")
+    except re.error as error:
+        parser.error(f"--filter: expected a regular expression, got {options.filter!r}: {error}")
+    if options.threads < 1:
+        parser.error(f"--threads: expected 1 or more, got {options.threads}")
+    if not options.budget > 0:
+        parser.error(f"--budget: expected seconds above 0, got {options.budget}")
+    if options.against and not options.against.is_file():
+        parser.error(f"--against: expected a CSV file of an older run, got {options.against}")
+    options.output = options.output or (RESULTS if RESULTS.is_dir() else Path())
+    if not options.output.is_dir():
+        parser.error(f"--output: expected a folder that exists, got {options.output}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, prints, writes."""
+    # Imported only now, after the check for what they import themselves.
+    from rich.console import Console
+
+    from tformer_ext import _C
+    from tformer_ext.bench import accuracy, files, plots, tables
+    from tformer_ext.bench.bars import bars
+
+    console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 160)
+    try:
+        old = files.read_csv(options.against)[1] if options.against else []
+    except ValueError as error:
+        print(f"--against: {error}", file=sys.stderr)
+        return 2
+    jobs = chosen_jobs(options)
+    if not jobs:
+        print(f"--filter: no job matches {options.filter!r}", file=sys.stderr)
+        return 1
+    about = files.machine(options.threads)
+    records = measure(console, jobs, options)
+    judged = bars(records, native_bf16=_C.cpu_isa() == "avx512bf16")
+    changed = files.changes(old, records)
+    if options.json:
+        print(files.as_json(about, records, judged))
+    else:
+        for key, value in about.items():
+            console.print(f"{key:>12}  {value}", highlight=False)
+        tables.print_cases(console, records)
+        tables.print_errors(console, accuracy.errors())
+        tables.print_bars(console, judged)
+        if options.against:
+            tables.print_changes(console, changed, options.against.name)
+    stem = f"{re.sub(r'[^a-z0-9]+', '-', about['cpu'].lower()).strip('-')}-{about['isa']}-{about['date'][:10]}"
+    written = [options.output / f"{stem}.csv"]
+    files.write_csv(written[0], about, records)
+    if not options.no_plots:
+        written += plots.save(options.output, stem, records)
+    for path in written:
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    return 1 if any(ratio > 1 for _, ratio in changed) else 0
+
+
+def chosen_jobs(options: argparse.Namespace) -> list:
+    """All jobs, those that --quick and --filter leave."""
+    from tformer_ext.bench import attention, norms, small
+
+    jobs = [*attention.jobs(), *norms.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
+    if options.quick:
+        jobs = [job for job in jobs if "quick" in job.tags.split()]
+    return [job for job in jobs if re.search(options.filter or "", job.name)]
+
+
+def measure(console, jobs: list, options: argparse.Namespace) -> list:
+    """The records of all jobs, with a progress bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from tformer_ext.bench.harness import Options
+
+    before = torch.get_num_threads()
+    settings = Options(threads=options.threads, budget=options.budget, compile=options.compile)
+    records = []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(jobs))
+            for job in jobs:
+                progress.update(task, description=job.name)
+                torch.set_num_threads(options.threads)
+                records += job.run(settings)
+                progress.advance(task)
+    finally:
+        torch.set_num_threads(before)
+    return records
