@@ -57,7 +57,7 @@ TFORMER_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[kCount]) {
   return y;
 }
 
-// e^x = 2^n 2^f with n = round(x log2 e), for x <= 88 (709 for double). Below the normal range the result is 0; NaN stays
+// e^x = 2^n 2^f, n = round(x log2 e), for x <= 88 (709 for double). Below the normal range the result is 0; NaN stays
 // NaN. The product x log2 e is exact up to n where multiply-adds are fused, so that f does not carry the rounding of a
 // large x (Cody & Waite 1980).
 template <class T>
