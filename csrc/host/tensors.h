@@ -1,6 +1,9 @@
 // What host files need of tensors: checks, allocation, pointers. Only the stable ABI of LibTorch is used.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -81,6 +84,21 @@ inline Sizes contiguous_strides(const Sizes& sizes) {
   return strides;
 }
 
+// Asks for 2 MiB pages in the part of new memory that can have them. Large tensors are mapped anew by every allocation,
+// and mapping them 4 KiB at a time takes longer than most kernels take to fill them.
+inline void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  // Advice only: where the system refuses it the pages are small, as they would have been.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // Uninitialised, on the device of `like`. Straight to the shim: the stable ops go through the dispatcher.
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type, const Tensor& like) {
   AtenTensorHandle handle;
@@ -89,7 +107,11 @@ inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
                                like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (like.is_cpu()) {
+    prefer_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  }
+  return tensor;
 }
 
 inline Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& like) {
