@@ -103,13 +103,16 @@ struct AttentionBackward {
     for (int64_t key0 = t.k_begin; key0 < k_end; key0 += kKeyBlock) {
       const int64_t keys = k_end - key0 < kKeyBlock ? k_end - key0 : kKeyBlock;
       bool packed = false, k_finite = true;
-      for (int64_t i = t.q_begin; i < q_end; i += kQueryBlock) {
-        const int64_t rows = q_end - i < kQueryBlock ? q_end - i : kQueryBlock;
-        if (!scores.any_visible(i, i + rows, key0, key0 + keys)) continue;
+      for (int64_t block = t.q_begin; block < q_end; block += kQueryBlock) {
+        int64_t i = block, i_end = q_end - block < kQueryBlock ? q_end : block + kQueryBlock;
+        if (!scores.any_visible(i, i_end, key0, key0 + keys)) continue;
+        // row tiles at either end that position alone hides
+        while (scores.range.end(i + kTileRows - 1) <= key0) i += kTileRows;
+        while (i_end - kTileRows > i && scores.range.begin(i_end - kTileRows) >= key0 + keys) i_end -= kTileRows;
         if (!packed) k_finite = pack_keys(seq, b, h, key0, keys);
         packed = true;
-        const bool finite = k_finite && q_finite[(i - t.q_begin) / kQueryBlock];
-        run_block(t, scores, b, h, i, rows, key0, keys, finite);
+        const bool finite = k_finite && q_finite[(block - t.q_begin) / kQueryBlock];
+        run_block(t, scores, b, h, i, i_end - i, key0, keys, finite);
       }
     }
     if (t.want_dq) write(dq, q_columns, p.grad_q, b, h, seq.q_begin + t.q_begin, q_end - t.q_begin, p.D);
@@ -140,9 +143,10 @@ struct AttentionBackward {
     const int64_t kv_head = h / (p.Hq / p.Hk);
     const T* k = row_of<const T>(p.k, b, kv_head, seq.k_begin + key0);
     const T* v = row_of<const T>(p.v, b, kv_head, seq.k_begin + key0);
-    pack_transposed<P>(k, p.k.stride[2], keys, kKeyBlock, p.D, k_t);
-    pack_transposed<P>(v, p.v.stride[2], keys, kKeyBlock, p.Dv, v_t);
-    pack_down_rows<P>(k, p.k.stride[2], keys, kKeyBlock, p.D, k_down);
+    const int64_t padded = round_up(keys, L);
+    pack_transposed<P>(k, p.k.stride[2], keys, padded, p.D, k_t);
+    pack_transposed<P>(v, p.v.stride[2], keys, padded, p.Dv, v_t);
+    pack_down_rows<P>(k, p.k.stride[2], keys, padded, p.D, k_down);
     bool finite = true;
     for (int64_t j = 0; j < keys; ++j) finite &= row_is_finite(k + j * p.k.stride[2], p.D);
     return finite;
@@ -151,20 +155,23 @@ struct AttentionBackward {
   // One kQueryBlock x kKeyBlock block: the five products.
   void run_block(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i, int64_t rows,
                  int64_t key0, int64_t keys, bool finite) {
-    const int64_t at = i - t.q_begin, padded = round_up(rows, P::kStep);
-    for (int64_t n = 0; n < kKeyBlock; n += kPanel<P>) {
+    const int64_t at = i - t.q_begin, padded = round_up(rows, P::kStep), width = round_up(keys, L);
+    for (int64_t n = 0; n < width; n += kPanel<P>) {
+      const int64_t columns = width - n < kPanel<P> ? width - n : kPanel<P>;
       product<P>({q_along + at * q_row, q_row, 1, k_t + n * groups, kPanel<P>, s + n, kKeyBlock, groups, false}, padded,
-                 kPanel<P>);
+                 columns);
       product<P>({do_along + at * v_row, v_row, 1, v_t + n * v_groups, kPanel<P>, dp + n, kKeyBlock, v_groups, false},
-                 padded, kPanel<P>);
+                 padded, columns);
     }
-    for (int64_t r = 0; r < rows; ++r) differentiate_row(t, scores, b, h, i + r, r, at + r, key0, keys, finite);
     for (int64_t r = rows; r < padded; ++r) {
       zero(s + r * kKeyBlock, kKeyBlock);
       zero(dp + r * kKeyBlock, kKeyBlock);
       for (int64_t j = 0; j < kKeyBlock; ++j) hidden[r * kKeyBlock + j] = 1;
     }
-    if (P::kStep != 1) narrow(padded);
+    for (int64_t r = 0; r < rows; ++r) {
+      differentiate_row(t, scores, b, h, i + r, r, at + r, key0, keys, finite);
+      if (r % P::kStep == P::kStep - 1 || r + 1 == rows) narrow(r / P::kStep * P::kStep, width);
+    }
     const int64_t row_steps = padded / P::kStep;
     if (t.want_dkv) {
       const int64_t key = key0 - t.k_begin;
@@ -176,8 +183,8 @@ struct AttentionBackward {
                keys, q_columns, finite, 1, kKeyBlock);
     }
     if (t.want_dq) {
-      multiply({ds_along, kKeyBlock / P::kStep, 1, k_down, q_columns, dq + at * q_columns, q_columns,
-                kKeyBlock / P::kStep, true},
+      multiply({ds_along, kKeyBlock / P::kStep, 1, k_down, q_columns, dq + at * q_columns, q_columns, width / P::kStep,
+                true},
                rows, q_columns, finite, kKeyBlock, 1);
     }
   }
@@ -196,32 +203,36 @@ struct AttentionBackward {
                          int64_t at, int64_t key0, int64_t keys, bool finite) {
     Real* x = s + r * kKeyBlock;
     Real* g = dp + r * kKeyBlock;
-    const Real factor = scores.finish_row(x, i, key0, kKeyBlock, p.softcap != 0 ? cap : nullptr);
+    const int64_t width = round_up(keys, L);
+    scores.finish_row(x, i, key0, width, p.softcap != 0 ? cap : nullptr);
     alignas(64) Real keep[kKeyBlock];
     if (p.dropout_p > 0) {
       const DropoutRow counter{static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
       Dropout(p.dropout_p, p.dropout_seed).factors(counter, key0, kKeyBlock, keep);
     }
     if (!finite) {
-      for (int64_t j = 0; j < kKeyBlock; ++j) hidden[r * kKeyBlock + j] = x[j] == -kInfinity<Real>;
+      for (int64_t j = 0; j < width; ++j) hidden[r * kKeyBlock + j] = x[j] == -kInfinity<Real>;
     }
+    const Real scale = static_cast<Real>(p.scale);
+    const bool scale_later = t.want_dbias || p.softcap != 0;
+    const Real factor = scale_later ? Real(1) : scale;
     const Vec<Real> none = splat(-kInfinity<Real>);
-    const Real shift = lse[at], row_delta = delta[at];
-    for (int64_t j = 0; j < kKeyBlock; j += L) {
+    const Real pending = scores.pending_scale(), shift = lse[at], row_delta = delta[at];
+    for (int64_t j = 0; j < width; j += L) {
       const Vec<Real> score = load(x + j);
-      const Vec<Real> weight = exp_vec<Real>(score * factor - shift);
+      const Vec<Real> weight = exp_vec<Real>(score * pending - shift);
       Vec<Real> dweight = load(g + j), dropped = weight;
       if (p.dropout_p > 0) {
         dweight *= load(keep + j);
         dropped *= load(keep + j);
       }
-      const Vec<Real> ds = weight * (dweight - row_delta);
+      const Vec<Real> ds = weight * factor * (dweight - row_delta);
       store(x + j, (score == none) ? Vec<Real>{} : dropped);
       store(g + j, (score == none) ? Vec<Real>{} : ds);
     }
     if (t.want_dbias) add_to_grad_bias(g, b, h, i, key0, keys);
-    const Real scale = static_cast<Real>(p.scale);
-    for (int64_t j = 0; j < kKeyBlock; j += L) {
+    if (!scale_later) return;
+    for (int64_t j = 0; j < width; j += L) {
       const Vec<Real> ds = load(g + j) * scale;  // 0 where hidden: the cap's slope may be NaN there
       store(g + j, p.softcap != 0 ? ((ds == 0) ? ds : ds * load(cap + j)) : ds);
     }
@@ -231,17 +242,21 @@ struct AttentionBackward {
   void add_to_grad_bias(const Real* ds, int64_t b, int64_t h, int64_t i, int64_t key0, int64_t keys) const {
     const int64_t* stride = p.grad_bias_stride;
     Real* g = static_cast<Real*>(p.grad_bias) + b * stride[0] + h * stride[1] + i * stride[2] + key0 * stride[3];
-    for (int64_t j = 0; j < keys; ++j) g[j * stride[3]] += ds[j];
+    if (stride[3] == 1) {  // apart, so that the compiler makes vectors of it
+      for (int64_t j = 0; j < keys; ++j) g[j] += ds[j];
+    } else {
+      for (int64_t j = 0; j < keys; ++j) g[j * stride[3]] += ds[j];
+    }
   }
 
-  void narrow(int64_t padded) const {
-    for (int64_t r = 0; r < padded; r += 2) {
+  // The kStep rows from r, as operands of the last three products.
+  TFORMER_INLINE void narrow(int64_t r, int64_t width) const {
+    if constexpr (P::kStep == 2) {
       const int64_t at = r * kKeyBlock, pair = r / 2 * kKeyBlock;
-      narrow_down_rows<P>(s + at, s + at + kKeyBlock, kKeyBlock, p_down + pair);
-      narrow_down_rows<P>(dp + at, dp + at + kKeyBlock, kKeyBlock, ds_down + pair);
-    }
-    for (int64_t r = 0; r < padded; ++r) {
-      narrow_along_row<P>(dp + r * kKeyBlock, kKeyBlock, ds_along + r * kKeyBlock / P::kStep);
+      narrow_down_rows<P>(s + at, s + at + kKeyBlock, width, p_down + pair);
+      narrow_down_rows<P>(dp + at, dp + at + kKeyBlock, width, ds_down + pair);
+      narrow_along_row<P>(dp + at, width, ds_along + at / 2);
+      narrow_along_row<P>(dp + at + kKeyBlock, width, ds_along + (at + kKeyBlock) / 2);
     }
   }
 
@@ -277,18 +292,17 @@ void attention_delta(const AttentionParams& p, int64_t b, int64_t h, double* del
   constexpr int L = kLanes<Real>;
   const Sequence seq = sequence_of(p, b);
   const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin;
-  Real logit = 0;
-  if (p.sinks) {
-    const int64_t size = p.sinks_dtype == DType::f64 ? 8 : p.sinks_dtype == DType::f32 ? 4 : 2;
-    read_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, static_cast<const char*>(p.sinks) + h * size, 1,
-                   &logit);
-  }
+  const Real logit = p.sinks ? sink_of<Real>(p, h) : Real(0);
   double sum = 0;
+  const auto row_of = [&](const Rows& r, int64_t i) {
+    return static_cast<const T*>(r.data) + b * r.stride[0] + h * r.stride[1] + (seq.q_begin + i) * r.stride[2];
+  };
   for (int64_t i = 0; i < seq.Sq; ++i) {
-    const auto row = [&](const Rows& r) {
-      return static_cast<const T*>(r.data) + b * r.stride[0] + h * r.stride[1] + (seq.q_begin + i) * r.stride[2];
-    };
-    const T *o = row(p.o), *go = row(p.grad_o);
+    const T *o = row_of(p.o, i), *go = row_of(p.grad_o, i);
+    if (i + kRowsAhead < seq.Sq) {
+      prefetch_row(row_of(p.o, i + kRowsAhead), p.Dv);
+      prefetch_row(row_of(p.grad_o, i + kRowsAhead), p.Dv);
+    }
     Vec<Real> acc{};
     for (int64_t d = 0; d < p.Dv; d += L) {
       acc += p.Dv - d >= L ? load_as<Real>(o + d) * load_as<Real>(go + d)

@@ -21,42 +21,59 @@ int64_t forward_range(const AttentionParams& p) {
   return keys < kKeyBlock ? kKeyBlock : (keys < all ? keys : all);
 }
 
-// Softmax of a row as it grows: p = e^(score - m), l = sum of p.
+// Softmax of a row as it grows: weight = e^(x - m), l = sum of the weights.
 template <class Real>
 struct OnlineSoftmax {
+  static constexpr int L = kLanes<Real>;
+  static constexpr int kChains = 4;  // of dependent operations, so that their latencies overlap
   Real m = -kInfinity<Real>;
   Real l = 0;
 
-  // Scores s[0, n) become weights; returns by how much earlier sums and outputs have to be multiplied.
-  TFORMER_INLINE Real update(Real* s, int64_t n, Real factor) {
-    constexpr int L = kLanes<Real>;
-    Vec<Real> top = splat(-kInfinity<Real>);
-    for (int64_t j = 0; j < n; j += L) top = maximum(load(s + j), top);
-    const Real highest = max_lanes<Real>(top) * factor;
+  // Scores s[0, n), x = s * scale, become weights; returns by what earlier sums and outputs have to be multiplied.
+  TFORMER_INLINE Real update(Real* s, int64_t n, Real scale) {
+    Vec<Real> top[kChains], sum[kChains];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) top[c] = splat(-kInfinity<Real>), sum[c] = Vec<Real>{};
+    each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { top[c] = maximum(load(s + j), top[c]); });
+    const Real highest = max_lanes<Real>(maximum(maximum(top[0], top[1]), maximum(top[2], top[3]))) * scale;
     const Real m_new = highest > m ? highest : m;
     const Real shift = m_new == -kInfinity<Real> ? Real(0) : m_new;  // nothing visible yet: weights are e^-inf = 0
-    Vec<Real> sum{};
-    for (int64_t j = 0; j < n; j += L) {
-      const Vec<Real> weight = exp_vec<Real>(load(s + j) * factor - shift);
-      sum += weight;
+    each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA {
+      const Vec<Real> weight = exp_vec<Real>(load(s + j) * scale - shift);
+      sum[c] += weight;
       store(s + j, weight);
-    }
+    });
     const Real rescale = m == m_new ? Real(1) : exp_vec<Real>(splat(m - shift))[0];
-    l = l * rescale + sum_lanes<Real>(sum);
+    l = l * rescale + sum_lanes<Real>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     m = m_new;
     return rescale;
   }
 
-  // One more logit that has no value: it only takes weight. Returns the multiplier as update does.
-  TFORMER_INLINE Real add_sink(Real logit) {
-    const Real m_new = logit > m ? logit : m;
+  // One more score x that has no value: it only takes weight. Returns the multiplier as update does.
+  TFORMER_INLINE Real add_sink(Real x) {
+    const Real m_new = x > m ? x : m;
     const Real rescale = m == m_new ? Real(1) : exp_vec<Real>(splat(m - m_new))[0];
-    l = l * rescale + (logit == -kInfinity<Real> ? Real(0) : exp_vec<Real>(splat(logit - m_new))[0]);
+    l = l * rescale + (x == -kInfinity<Real> ? Real(0) : exp_vec<Real>(splat(x - m_new))[0]);
     m = m_new;
     return rescale;
   }
 
   bool dead() const { return l == 0; }
+
+ private:
+  // f(position, chain) for each vector of [0, n); n is a whole number of vectors.
+  template <class F>
+  static TFORMER_INLINE void each_vector(int64_t n, F&& f) {
+    int64_t j = 0;
+    for (; j + kChains * L <= n; j += kChains * L) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) f(j + c * L, c);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains - 1; ++c) {
+      if (j + c * L < n) f(j + c * L, c);
+    }
+  }
 };
 
 template <class T>
@@ -122,7 +139,7 @@ struct AttentionForward {
     int64_t key0 = 0;
     do {
       const int64_t left = s.Sk - key0 < range_keys ? s.Sk - key0 : range_keys;
-      const int64_t padded = round_up(left, kKeyBlock);
+      const int64_t padded = round_up(left, L);
       const T* k = row_of<const T>(p.k, b, kv_head, s.k_begin + key0);
       const T* v = row_of<const T>(p.v, b, kv_head, s.k_begin + key0);
       pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys);
@@ -137,6 +154,7 @@ struct AttentionForward {
           const int64_t rows = q_end - i < kTileRows ? q_end - i : kTileRows;
           Real* o = out + tile * kTileRows * out_columns;
           State* st = state + tile * kTileRows;
+          if (i + kTileRows < q_end) prefetch_queries(s, b, h, i + kTileRows, q_end);
           if (first) start_tile(o, st);
           add_range(row_scores, s, b, h, i, rows, key0, padded, finite, o, st);
           if (last) finish_tile(s, b, h, i, rows, o, st);
@@ -144,6 +162,12 @@ struct AttentionForward {
       }
       key0 += range_keys;
     } while (key0 < s.Sk);
+  }
+
+  // The rows of the next tile arrive while this one is computed.
+  void prefetch_queries(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t q_end) const {
+    const T* q = row_of<const T>(p.q, b, h, s.q_begin + i);
+    for (int64_t r = 0; r < kTileRows && i + r < q_end; ++r) prefetch_row(q + r * p.q.stride[2], p.D);
   }
 
   void start_tile(Real* o, State* st) const {
@@ -154,7 +178,7 @@ struct AttentionForward {
   // The keys [key0, key0 + padded) of one row tile: scores, weights, weighted sum of values.
   void add_range(const Scores<Real>& row_scores, const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t rows,
                  int64_t key0, int64_t padded, bool finite, Real* o, State* st) {
-    const int64_t panels = padded / kPanel<P>;
+    const int64_t panels = (padded + kPanel<P> - 1) / kPanel<P>;
     int64_t first = panels, last = 0;
     for (int64_t n = 0; n < panels; ++n) {
       const int64_t j = key0 + n * kPanel<P>;
@@ -168,44 +192,51 @@ struct AttentionForward {
     // whole key blocks, so that rows start on a Philox block
     first = first * kPanel<P> / kKeyBlock * kKeyBlock / kPanel<P>;
     pack_along_row<P>(row_of<const T>(p.q, b, h, s.q_begin + i), p.q.stride[2], rows, rows, p.D, queries);
-    multiply_keys(rows, first, last);
-    const int64_t begin = first * kPanel<P>, n = last * kPanel<P> - begin;
+    // of the last panel only the vectors that the last row sees a key of
+    const int64_t seen = round_up(row_scores.range.end(i + rows - 1) - key0, L);
+    const int64_t begin = first * kPanel<P>, end = seen < last * kPanel<P> ? seen : last * kPanel<P>, n = end - begin;
+    multiply_keys(rows, first, end);
+    const Real scale = row_scores.pending_scale();
     for (int64_t r = 0; r < rows; ++r) {
       Real* row = scores + r * range_keys + begin;
-      const Real factor = row_scores.finish_row(row, i + r, key0 + begin, n, nullptr);
+      row_scores.finish_row(row, i + r, key0 + begin, n, nullptr);
       if (!finite) {
         for (int64_t j = 0; j < n; ++j) hidden[r * range_keys + begin + j] = row[j] == -kInfinity<Real>;
       }
-      const Real rescale = st[r].update(row, n, factor);
+      const Real rescale = st[r].update(row, n, scale);
       if (rescale != 1) scale_row(o + r * out_columns, rescale);
       if (p.dropout_p > 0) drop_row(row, b, h, i + r, key0 + begin, n);
       narrow_along_row<P>(row, n, weights + (r * range_keys + begin) / P::kStep);
     }
-    multiply_values(rows, first, last, finite, o);
+    multiply_values(rows, first, end, finite, o);
   }
 
-  void multiply_keys(int64_t rows, int64_t first, int64_t last) const {
-    for (int64_t n = first; n < last; ++n) {
+  // From panel `first` up to key `end` of the range.
+  void multiply_keys(int64_t rows, int64_t first, int64_t end) const {
+    for (int64_t n = first; n * kPanel<P> < end; ++n) {
+      const int64_t columns = end - n * kPanel<P> < kPanel<P> ? end - n * kPanel<P> : kPanel<P>;
       Real* tile = scores + n * kPanel<P>;
       if (live[n]) {
         product<P>({queries, q_groups, 1, keys + n * groups * kPanel<P>, kPanel<P>, tile, range_keys, groups, false},
-                   rows, kPanel<P>);
+                   rows, columns);
       } else {
         for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t j = 0; j < kPanel<P>; ++j) tile[r * range_keys + j] = -kInfinity<Real>;
+          for (int64_t j = 0; j < columns; ++j) tile[r * range_keys + j] = -kInfinity<Real>;
         }
       }
     }
   }
 
-  void multiply_values(int64_t rows, int64_t first, int64_t last, bool finite, Real* o) const {
+  void multiply_values(int64_t rows, int64_t first, int64_t end, bool finite, Real* o) const {
+    const int64_t last = (end + kPanel<P> - 1) / kPanel<P>;
     const int64_t w_row = range_keys / P::kStep;
     constexpr int64_t kSumPanels = 256 / kPanel<P>;  // keys in one running sum
     for (int64_t n = first; n < last;) {
       int64_t run = n + 1;
       while (run < last && live[run] == live[n] && run % kSumPanels != 0) ++run;
       if (live[n]) {
-        const int64_t j = n * kPanel<P>, steps = (run - n) * kPanel<P> / P::kStep;
+        const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < end ? run * kPanel<P> : end;
+        const int64_t steps = (stop - j) / P::kStep;
         const ProductOperands<P> m{weights + j / P::kStep,
                                    w_row,
                                    1,
@@ -245,16 +276,12 @@ struct AttentionForward {
     Real* lse = static_cast<Real*>(p.lse) + b * p.lse_stride[0] + h * p.lse_stride[1] + s.q_begin;
     for (int64_t r = 0; r < rows; ++r, o += out_columns) {
       const bool dead = st[r].dead();
-      if (p.sinks && !dead) {
-        Real logit = 0;
-        read_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, sink_of(h), 1, &logit);
-        scale_row(o, st[r].add_sink(logit));
-      }
-      lse[i + r] = dead ? -kInfinity<Real> : natural_log(st[r]);
-      const Vec<Real> l = splat(st[r].l);
+      if (p.sinks && !dead) scale_row(o, st[r].add_sink(sink_of<Real>(p, h)));
+      lse[i + r] = dead ? -kInfinity<Real> : log_sum_exp(st[r]);
+      const Real by = dead ? Real(0) : 1 / st[r].l;
       T* row = row_of<T>(p.o, b, h, s.q_begin + i + r);
       for (int64_t d = 0; d < p.Dv; d += L) {
-        const Vec<Real> x = dead ? Vec<Real>{} : load(o + d) / l;
+        const Vec<Real> x = dead ? Vec<Real>{} : load(o + d) * by;
         if (p.Dv - d >= L) {
           store_as<Real>(row + d, x);
         } else {
@@ -264,14 +291,9 @@ struct AttentionForward {
     }
   }
 
-  const char* sink_of(int64_t h) const {
-    return static_cast<const char*>(p.sinks) + h * (p.sinks_dtype == DType::f64   ? 8
-                                                    : p.sinks_dtype == DType::f32 ? 4
-                                                                                  : 2);
-  }
-
-  static Real natural_log(const State& s) {
-    return static_cast<Real>(static_cast<double>(s.m) + __builtin_log(static_cast<double>(s.l)));
+  static Real log_sum_exp(const State& s) {
+    return s.m + (sizeof(Real) == 4 ? static_cast<Real>(__builtin_logf(static_cast<float>(s.l)))
+                                    : static_cast<Real>(__builtin_log(static_cast<double>(s.l))));
   }
 };
 

@@ -14,6 +14,15 @@ constexpr int64_t row_groups(int64_t width) {
   return round_up((width + P::kStep - 1) / P::kStep, kLanes<typename P::Real>);
 }
 
+// Rows read ahead of their use: a row is too short, and the next one too far away, for the CPU to see it coming.
+constexpr int64_t kRowsAhead = 16;
+
+template <class T>
+TFORMER_INLINE void prefetch_row(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d);
+}
+
 // Whether a row holds only finite numbers (all bits of the exponent set: inf or NaN).
 template <class T>
 bool row_is_finite(const T* row, int64_t n) {
@@ -56,6 +65,7 @@ void pack_along_row(const T* rows, int64_t stride, int64_t count, int64_t padded
   constexpr int L = kLanes<typename P::Real>;
   const int64_t groups = row_groups<P>(width);
   for (int64_t r = 0; r < padded; ++r) {
+    if (r + kRowsAhead < count) prefetch_row(rows + (r + kRowsAhead) * stride, width);
     for (int64_t d = 0; d < groups; d += L) {
       store(out + r * groups + d, r < count ? load_groups<P>(rows + r * stride, d, width) : Vec<typename P::Group>{});
     }
@@ -72,6 +82,9 @@ void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded
     pack_along_row<P>(rows, stride, count, padded, width, out);
   } else {
     for (int64_t r = 0; r < padded; r += 2) {
+      for (int i = 0; i < 2; ++i) {
+        if (r + i + kRowsAhead < count) prefetch_row(rows + (r + i + kRowsAhead) * stride, width);
+      }
       for (int64_t d = 0; d < columns; d += L) {
         HalfBits half[2] = {};
         for (int i = 0; i < 2; ++i) {
@@ -124,6 +137,7 @@ void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t padde
   const int64_t groups = (width + P::kStep - 1) / P::kStep;
   for (int64_t key = 0; key < padded; key += L) {
     Group* panel = out + key / kPanel<P> * (groups * kPanel<P>)+key % kPanel<P>;
+    for (int64_t next = key + L; next < key + 2 * L && next < count; ++next) prefetch_row(rows + next * stride, width);
     for (int64_t d = 0; d < groups; d += L) {
       Vec<Group> x[L];
       for (int i = 0; i < L; ++i) {
@@ -140,9 +154,7 @@ void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t padde
 template <class P>
 TFORMER_INLINE void narrow_along_row(const typename P::Real* row, int64_t columns, typename P::Group* out) {
   if constexpr (P::kStep == 2) {
-    for (int64_t j = 0; j < columns; j += kLanes<float>) {
-      store_as<float>(reinterpret_cast<bf16*>(out) + j, load(row + j));
-    }
+    for (int64_t j = 0; j < columns; j += kLanes<float>) P::store_along(out + j / 2, load(row + j));
   }
 }
 // Down the rows: two rows become one row of pairs.
@@ -150,9 +162,7 @@ template <class P>
 TFORMER_INLINE void narrow_down_rows(const typename P::Real* row0, const typename P::Real* row1, int64_t columns,
                                      typename P::Group* out) {
   if constexpr (P::kStep == 2) {
-    for (int64_t j = 0; j < columns; j += kLanes<float>) {
-      store(out + j, narrow_bf16(load(row0 + j)) | (narrow_bf16(load(row1 + j)) << 16));
-    }
+    for (int64_t j = 0; j < columns; j += kLanes<float>) store(out + j, P::pair(load(row0 + j), load(row1 + j)));
   }
 }
 

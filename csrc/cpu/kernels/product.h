@@ -39,6 +39,15 @@ struct PairBf16 {
     return x;
   }
   static TFORMER_INLINE F elements(U32 g, int i) { return (F)(i == 0 ? g << 16 : g & 0xffff0000u); }
+  // The CPU's own narrowing takes and gives 0 for subnormal numbers: good for weights, not for results.
+  static TFORMER_INLINE void store_along(Group* to, F x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
+  static TFORMER_INLINE U32 pair(F low, F high) {
+    alignas(64) static constexpr uint16_t kInterleave[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (U32)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave),
+                                         (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
 };
 #endif
 

@@ -15,30 +15,39 @@ constexpr int64_t kKeyBlock = 64;
 template <class Real>
 constexpr Real kInfinity = static_cast<Real>(__builtin_inf());
 
-// Element j of a row of any floating dtype.
+template <class Real, class T>
+TFORMER_INLINE void add_elements(const T* row, int64_t stride, int64_t n, Real* to) {
+  constexpr int L = kLanes<Real>;
+  int64_t j = 0;
+  if (stride == 1) {
+    for (; j + L <= n; j += L) store(to + j, load(to + j) + load_as<Real>(row + j));
+  }
+  for (; j < n; ++j) to[j] += load_as<Real>(row + j * stride, 1)[0];
+}
+
+// Adds n elements of any floating dtype, from the one at `offset`, each t.stride[3] after the other.
 template <class Real>
-void read_row(const ScoreOperand& t, const char* row, int64_t n, Real* out) {
-  const int64_t stride = t.stride[3];
+void add_row(const ScoreOperand& t, int64_t offset, int64_t n, Real* to) {
   switch (t.dtype) {
     case DType::f32:
-      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Real>(reinterpret_cast<const float*>(row)[j * stride]);
-      break;
+      return add_elements<Real>(static_cast<const float*>(t.data) + offset, t.stride[3], n, to);
     case DType::f64:
-      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Real>(reinterpret_cast<const double*>(row)[j * stride]);
-      break;
+      return add_elements<Real>(static_cast<const double*>(t.data) + offset, t.stride[3], n, to);
     case DType::bf16:
-      for (int64_t j = 0; j < n; ++j) {
-        out[j] = load_as<Real>(reinterpret_cast<const bf16*>(row) + j * stride, 1)[0];
-      }
-      break;
+      return add_elements<Real>(static_cast<const bf16*>(t.data) + offset, t.stride[3], n, to);
     case DType::f16:
-      for (int64_t j = 0; j < n; ++j) {
-        out[j] = load_as<Real>(reinterpret_cast<const f16*>(row) + j * stride, 1)[0];
-      }
-      break;
+      return add_elements<Real>(static_cast<const f16*>(t.data) + offset, t.stride[3], n, to);
     case DType::boolean:
-      break;
+      return;
   }
+}
+
+// The logit of head h that has no value.
+template <class Real>
+Real sink_of(const AttentionParams& p, int64_t h) {
+  Real logit = 0;
+  add_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, h, 1, &logit);
+  return logit;
 }
 
 // The scores of one (batch, query head): what its rows share.
@@ -47,24 +56,25 @@ struct Scores {
   const AttentionParams& p;
   KeyRange range;
   Real scale;
-  Real slope;  // of ALiBi
-  const char* bias;
+  Real slope;           // of ALiBi
+  int64_t bias_offset;  // of this head
   const char* mask;
-  bool plain;  // nothing but the scale and the range of keys
+  bool scale_waits;  // nothing is added to the scaled products
+  bool plain;        // nothing but the scale and the range of keys
 
   Scores(const AttentionParams& params, const Sequence& s, int64_t b, int64_t h)
-      : p(params), range(params, s), scale(static_cast<Real>(params.scale)), slope(0), bias(nullptr), mask(nullptr) {
+      : p(params),
+        range(params, s),
+        scale(static_cast<Real>(params.scale)),
+        slope(0),
+        bias_offset(b * params.bias.stride[0] + h * params.bias.stride[1]),
+        mask(nullptr) {
     if (p.alibi_slopes) {
       slope = static_cast<Real>(p.alibi_slopes[b * p.alibi_stride[0] + h * p.alibi_stride[1]]);
     }
-    if (p.bias.data) bias = at(p.bias, b * p.bias.stride[0] + h * p.bias.stride[1]);
-    if (p.mask.data) mask = at(p.mask, b * p.mask.stride[0] + h * p.mask.stride[1]);
-    plain = p.softcap == 0 && !p.alibi_slopes && !bias && !mask && scale > 0;
-  }
-
-  static const char* at(const ScoreOperand& t, int64_t offset) {
-    const int64_t bytes = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : t.dtype == DType::boolean ? 1 : 2;
-    return static_cast<const char*>(t.data) + offset * bytes;
+    if (p.mask.data) mask = static_cast<const char*>(p.mask.data) + b * p.mask.stride[0] + h * p.mask.stride[1];
+    scale_waits = p.softcap == 0 && !p.alibi_slopes && !p.bias.data && scale > 0;
+    plain = scale_waits && !mask;
   }
 
   // Whether any of the rows [i0, i1) may attend to a key of [j0, j1).
@@ -77,36 +87,44 @@ struct Scores {
     if (p.mask.stride[2] == 0) i1 = i0 + 1;
     for (int64_t i = i0; i < i1; ++i) {
       const char* row = mask + i * p.mask.stride[2];
-      for (int64_t j = j0; j < j1; ++j) {
-        if (row[j * p.mask.stride[3]]) return true;
+      char seen = 0;
+      if (p.mask.stride[3] == 1) {  // apart, so that the compiler makes vectors of it
+        for (int64_t j = j0; j < j1; ++j) seen |= row[j];
+      } else {
+        for (int64_t j = j0; j < j1; ++j) seen |= row[j * p.mask.stride[3]];
       }
+      if (seen) return true;
     }
     return false;
   }
 
-  // s[0, n): products of query i with keys key0 ..; n a whole number of vectors. Turns them into scores, up to a
-  // positive factor that is returned: applying it is free in the exponent that follows. Hidden keys become -inf.
-  // Where `slope_of_cap` is given it receives the derivative of the softcap.
-  Real finish_row(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
+  // s[0, n): products of query i with keys key0 ..; n a whole number of vectors. Turns them into scores divided by
+  // pending_scale(). Hidden keys become -inf. Where `slope_of_cap` is given it receives the derivative of the softcap.
+  TFORMER_INLINE void finish_row(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
+    if (!plain) add_operands(s, i, key0, n, slope_of_cap);
     const int64_t begin = range.begin(i) - key0, end = range.end(i) - key0;
-    Real left = scale;
-    if (!plain) {
-      left = 1;
-      scale_and_cap(s, n, slope_of_cap);
-      const int64_t keys = range.Sk - key0 < n ? range.Sk - key0 : n;
-      if (bias) add_bias(s, i, key0, keys);
-      if (p.alibi_slopes) add_alibi(s, range.diagonal(i) - key0, n);
-      if (mask) {
-        const char* row = mask + i * p.mask.stride[2] + key0 * p.mask.stride[3];
-        for (int64_t j = 0; j < keys; ++j) s[j] = row[j * p.mask.stride[3]] ? s[j] : -kInfinity<Real>;
-      }
-    }
     for (int64_t j = 0; j < begin && j < n; ++j) s[j] = -kInfinity<Real>;
     for (int64_t j = end > 0 ? end : 0; j < n; ++j) s[j] = -kInfinity<Real>;
-    return left;
   }
 
+  // Positive. Where nothing is added to the scaled products the scale waits for the exponent, in which it is free.
+  Real pending_scale() const { return scale_waits ? scale : Real(1); }
+
  private:
+  __attribute__((noinline)) void add_operands(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
+    if (!scale_waits) scale_and_cap(s, n, slope_of_cap);
+    const int64_t keys = range.Sk - key0 < n ? range.Sk - key0 : n;
+    if (p.bias.data) add_row<Real>(p.bias, bias_offset + i * p.bias.stride[2] + key0 * p.bias.stride[3], keys, s);
+    if (p.alibi_slopes) add_alibi(s, range.diagonal(i) - key0, n);
+    if (!mask) return;
+    const char* row = mask + i * p.mask.stride[2] + key0 * p.mask.stride[3];
+    if (p.mask.stride[3] == 1) {  // apart, so that the compiler makes vectors of it
+      for (int64_t j = 0; j < keys; ++j) s[j] = row[j] ? s[j] : -kInfinity<Real>;
+    } else {
+      for (int64_t j = 0; j < keys; ++j) s[j] = row[j * p.mask.stride[3]] ? s[j] : -kInfinity<Real>;
+    }
+  }
+
   TFORMER_INLINE void scale_and_cap(Real* s, int64_t n, Real* slope_of_cap) const {
     constexpr int L = kLanes<Real>;
     if (p.softcap == 0) {
@@ -121,20 +139,12 @@ struct Scores {
     }
   }
 
-  TFORMER_INLINE void add_bias(Real* s, int64_t i, int64_t key0, int64_t keys) const {
-    const int64_t size = p.bias.dtype == DType::f64 ? 8 : p.bias.dtype == DType::f32 ? 4 : 2;
-    Real row[kKeyBlock];
-    for (int64_t j = 0; j < keys; j += kKeyBlock) {
-      const int64_t count = keys - j < kKeyBlock ? keys - j : kKeyBlock;
-      read_row<Real>(p.bias, bias + (i * p.bias.stride[2] + (key0 + j) * p.bias.stride[3]) * size, count, row);
-      for (int64_t c = 0; c < count; ++c) s[j + c] += row[c];
-    }
-  }
-
   TFORMER_INLINE void add_alibi(Real* s, int64_t diagonal, int64_t n) const {
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t distance = diagonal < j ? j - diagonal : diagonal - j;
-      s[j] -= slope * static_cast<Real>(distance);
+    constexpr int L = kLanes<Real>;
+    const Vec<Real> lane = lane_index<Real>();
+    for (int64_t j = 0; j < n; j += L) {
+      const Vec<Real> distance = lane + static_cast<Real>(j - diagonal);
+      store(s + j, load(s + j) - slope * maximum(distance, -distance));
     }
   }
 };

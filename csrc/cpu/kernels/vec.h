@@ -72,6 +72,7 @@ template <class T>
 using Integer = typename IntegerOf<T>::type;
 
 #define TFORMER_INLINE inline __attribute__((always_inline))
+#define TFORMER_LAMBDA __attribute__((always_inline))
 
 template <class V, class T>
 TFORMER_INLINE V load_bytes(const T* p) {

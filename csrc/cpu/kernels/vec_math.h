@@ -57,20 +57,40 @@ TFORMER_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[kCount]) {
   return y;
 }
 
-// e^x = 2^n 2^f, n = round(x log2 e), for x <= 88 (709 for double). Below the normal range the result is 0; NaN stays
-// NaN. The product x log2 e is exact up to n where multiply-adds are fused, so that f does not carry the rounding of a
-// large x (Cody & Waite 1980).
+// The power of two that times_power takes for 0.
+#if defined(__AVX512F__)
+template <class T>
+constexpr T kLowestPower = -2 * MathConstants<T>::kBias;
+#else
+template <class T>
+constexpr T kLowestPower = -MathConstants<T>::kBias;
+#endif
+
+// p 2^n, where n = shifted - kRound is a whole number, not below kLowestPower. NaN stays NaN.
+template <class T>
+TFORMER_INLINE Vec<T> times_power(Vec<T> p, Vec<T> shifted) {
+  using M = MathConstants<T>;
+#if defined(__AVX512F__)
+  const Vec<T> n = shifted - M::kRound;
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_scalef_ps((__m512)p, (__m512)n);
+  } else {
+    return (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+  }
+#else
+  return p * (Vec<T>)(((Vec<Integer<T>>)shifted + M::kBias) << M::kMantissa);
+#endif
+}
+
+// e^x, for x <= 88 (709 for double). 0 for -inf; NaN stays NaN. The product x log2 e is exact up to n where
+// multiply-adds are fused, so that the fraction does not carry the rounding of a large x (Cody & Waite 1980).
 template <class T>
 TFORMER_INLINE Vec<T> exp_vec(Vec<T> x) {
   using M = MathConstants<T>;
-  using I = Vec<Integer<T>>;
-  const Vec<T> lowest = splat(static_cast<T>(-M::kBias * 0.693147180559945309));
-  x = (x < lowest) ? lowest : x;
+  x = maximum(splat(static_cast<T>(kLowestPower<T> * 0.693147180559945309)), x);
   const Vec<T> shifted = x * M::kLog2e + M::kRound;
-  const Vec<T> n = shifted - M::kRound;
-  const Vec<T> fraction = x * M::kLog2eRest + (x * M::kLog2e - n);
-  const Vec<T> power = (Vec<T>)(((I)shifted + M::kBias) << M::kMantissa);
-  return polynomial<T>(fraction, M::kExp2) * power;
+  const Vec<T> fraction = x * M::kLog2eRest + (x * M::kLog2e - (shifted - M::kRound));
+  return times_power<T>(polynomial<T>(fraction, M::kExp2), shifted);
 }
 
 // tanh(x): the odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that formula elsewhere.
