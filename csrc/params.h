@@ -97,8 +97,8 @@ struct NormParams {
   const void* bias;    // (N) likewise
   void* y;             // (M, N)
   void* sum;           // (M, N) residual + dropout(x), or null where it is not kept
-  void* mean;          // (M) float (double for f64); null for RMS
-  void* rstd;          // (M)
+  void* mean;          // (M) float (double for f64), or null: for RMS, and where it is not kept
+  void* rstd;          // (M) likewise
   double eps, dropout_p;
   uint64_t dropout_seed;
   bool rms;

@@ -13,33 +13,38 @@ STABLE_TORCH_LIBRARY(tformer_ext, m) {
   //   alibi_slopes float32 (Hq) or (B, Hq); sinks floating (Hq); key_lengths int32 (B)
   //   cu_seqlens_* int32 (sequences + 1), then B = 1 and the sequences lie one after the other in Sq and Sk
   //   dropout_seed int64, one element; causal 0 none, 1 upper_left, 2 lower_right; window_* -1 unbounded
+  //   scale None: 1 / sqrt(D). The defaults make the plain call short: most of what a tiny call takes is its arguments.
   //   out (B, Hq, Sq, Dv) in query's memory order; lse (B, Hq, Sq) float32, or float64 for float64
   m.def(
-      "_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "
-      "Tensor? alibi_slopes, Tensor? sinks, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "Tensor? dropout_seed, int causal, int window_left, int window_right, float scale, float softcap, "
-      "float dropout_p) -> (Tensor out, Tensor lse)");
+      "_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias=None, Tensor? mask=None, "
+      "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "
+      "Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None, int causal=0, int window_left=-1, "
+      "int window_right=-1, float? scale=None, float softcap=0., float dropout_p=0.) -> (Tensor out, Tensor lse)");
   // Its gradients, each in the memory order of its input. grad_bias is empty, (0), without bias_needs_grad,
   // and grad_sinks without sinks.
   m.def(
       "_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor "
-      "out, "
-      "Tensor lse, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_lengths, "
+      "out, Tensor lse, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_lengths, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed, bool bias_needs_grad, int causal, "
-      "int window_left, int window_right, float scale, float softcap, float dropout_p) "
+      "int window_left, int window_right, float? scale, float softcap, float dropout_p) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks)");
 
   // Residual normalisation: y = norm(h) * weight + bias with h = residual + dropout(x), LayerNorm or RMSNorm.
-  //   x, residual (M, N), last stride 1; weight, bias (N) contiguous
-  //   y (M, N) of x's dtype; sum = h (M, N) of sum_dtype, or empty (0) without save_sum
-  //   mean (M), or empty if rms, and rstd (M): float32, or float64 for float64
+  //   x, residual (..., N): rows evenly spaced, last stride 1; weight, bias (N) contiguous
+  //   y (..., N) of x's dtype; sum = h (..., N) of sum_dtype, or empty (0) without save_sum
+  //   mean (...), or empty (0) if rms, and rstd (...): float32, or float64 for float64
+  //   sum_dtype None: that of x and residual promoted
   m.def(
-      "_residual_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? "
-      "dropout_seed, "
-      "float eps, float dropout_p, bool rms, bool save_sum, ScalarType sum_dtype) "
+      "_residual_norm_forward(Tensor x, Tensor? residual=None, Tensor? weight=None, Tensor? bias=None, "
+      "Tensor? dropout_seed=None, float eps=1e-05, float dropout_p=0., bool rms=False, bool save_sum=False, "
+      "ScalarType? sum_dtype=None) "
       "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
-  // Its gradients; empty (0) where there was no such input. grad_residual is also empty when it would equal
-  // grad_x bit for bit (no dropout, same dtype): the caller then uses grad_x for both.
+  // y alone, without dropout: an inference step keeps nothing, and four results take longer than a tiny kernel.
+  m.def(
+      "_residual_norm_inference(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms) "
+      "-> Tensor");
+  // The gradients of _residual_norm_forward; empty (0) where there was no such input. grad_residual is also empty when
+  // it would equal grad_x bit for bit (no dropout, same dtype): the caller then uses grad_x for both.
   m.def(
       "_residual_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd, "
       "Tensor? weight, Tensor? dropout_seed, float dropout_p, bool rms, ScalarType x_dtype, "

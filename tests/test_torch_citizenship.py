@@ -42,6 +42,7 @@ def test_opcheck_norm(dropout_p, rms):
     x, residual, weight, bias = torch.randn(5, 7), torch.randn(5, 7), torch.randn(7), torch.randn(7)
     arguments = (x, residual, weight, bias, SEED, 1e-5, dropout_p, rms, True, torch.float32)
     opcheck(OPS._residual_norm_forward.default, arguments)
+    opcheck(OPS._residual_norm_inference.default, (x, residual, weight, bias, 1e-5, rms))
     y, total, mean, rstd = OPS._residual_norm_forward(*arguments)
     back = (y, y, total, mean, rstd, weight, SEED, dropout_p, rms, torch.float32, torch.float32, torch.float32)
     opcheck(OPS._residual_norm_backward.default, back)

@@ -25,6 +25,11 @@ def _autocast(*tensors):
     return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in eligible else t for t in tensors)
 
 
+def _plain_call():
+    """Whether tensors go to the operator as they are: no autocast, and no tracing, whose errors should be ours."""
+    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling())
+
+
 def attention(
     query,
     key,
@@ -77,6 +82,15 @@ def attention(
     Sources: Vaswani et al. 2017; Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling, recomputation);
     Ainslie et al. 2023 (grouped queries); Press et al. 2022 (ALiBi); Xiao et al. 2024 (sinks); Gemma 2 (softcap).
     """
+    if (
+        bias is mask is window is alibi_slopes is sinks is key_lengths is scale is dropout_seed is None
+        and causal is return_lse is False
+        and softcap == dropout_p == 0.0
+        and _plain_call()
+    ):
+        out = _attention.plain_attention(query, key, value)
+        if out is not None:
+            return out
     query, key, value = _autocast(query, key, value)
     check.check_qkv(query, key, value)
     check.device_is_served(query)
@@ -260,8 +274,9 @@ def residual_layer_norm(
     Mean, then squared distances from it, both in float32 (float64 for float64), never E[x^2] - mean^2.
     Source: Ba, Kiros, Hinton 2016.
     """
-    options = (eps, dropout_p, dropout_seed, return_residual, residual_dtype)
-    return _residual_norm(x, residual, weight, bias, False, *options)
+    return _residual_norm(
+        x, residual, weight, bias, False, eps, dropout_p, dropout_seed, return_residual, residual_dtype
+    )
 
 
 def residual_rms_norm(
@@ -277,11 +292,16 @@ def residual_rms_norm(
     residual_dtype=None,
 ):
     """RMSNorm(residual + dropout(x)): residual_layer_norm without the mean. Source: Zhang & Sennrich 2019."""
-    options = (eps, dropout_p, dropout_seed, return_residual, residual_dtype)
-    return _residual_norm(x, residual, weight, bias, True, *options)
+    return _residual_norm(
+        x, residual, weight, bias, True, eps, dropout_p, dropout_seed, return_residual, residual_dtype
+    )
 
 
 def _residual_norm(x, residual, weight, bias, rms, eps, dropout_p, seed, return_residual, residual_dtype):
+    if dropout_p == 0.0 and seed is residual_dtype is None and return_residual is False and _plain_call():
+        y = _norm.plain_norm(x, residual, weight, bias, eps, rms)
+        if y is not None:
+            return y
     if isinstance(x, torch.Tensor) and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         x = x.float()  # as torch's norms do there
     dims, sum_dtype = check.check_norm(x, residual, weight, bias, residual_dtype)
@@ -289,23 +309,18 @@ def _residual_norm(x, residual, weight, bias, rms, eps, dropout_p, seed, return_
     dropout_p = 0.0 if dropout_p == 0.0 else check.probability("dropout_p", dropout_p)
     seed = check.seed_tensor(seed, dropout_p, x.device)
     shape = x.shape
-    N = shape[-1] if dims == 1 else shape[-dims:].numel()
 
     def rows(t):
-        if t is None:
-            return None
-        if t.dim() != 2 or dims != 1:
-            t = t.reshape(-1, N) if N else t.reshape(shape[:-dims].numel(), 0)
-        return check.unit_stride(t)
+        return None if t is None else _norm.evenly_spaced_rows(t if dims == 1 else t.flatten(-dims))
 
-    rest = None if residual is None else rows(residual)
+    rest = rows(residual)
     if rest is not None and rest.dtype != sum_dtype:
         rest = rest.to(sum_dtype)
     y, total = _norm.residual_norm(
         rows(x),
         rest,
-        None if weight is None else weight.reshape(N),
-        None if bias is None else bias.reshape(N),
+        None if weight is None else weight.flatten().contiguous(),
+        None if bias is None else bias.flatten().contiguous(),
         seed,
         float(eps),
         dropout_p,
@@ -313,5 +328,6 @@ def _residual_norm(x, residual, weight, bias, rms, eps, dropout_p, seed, return_
         return_residual,
         sum_dtype,
     )
-    y = y if y.shape == shape else y.view(shape)
-    return (y, total.view(shape)) if return_residual else y
+    if dims > 1:
+        y, total = y.view(shape), None if total is None else total.view(shape)
+    return (y, total) if return_residual else y

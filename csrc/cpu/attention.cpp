@@ -141,8 +141,8 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
                                              OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
                                              OptionalTensor key_lengths, OptionalTensor cu_seqlens_q,
                                              OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed, int64_t causal,
-                                             int64_t window_left, int64_t window_right, double scale, double softcap,
-                                             double dropout_p) {
+                                             int64_t window_left, int64_t window_right, std::optional<double> scale,
+                                             double softcap, double dropout_p) {
   AttentionParams p =
       attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
   set_options(p, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
@@ -233,8 +233,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
     OptionalTensor bias, OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
     OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
-    bool bias_needs_grad, int64_t causal, int64_t window_left, int64_t window_right, double scale, double softcap,
-    double dropout_p) {
+    bool bias_needs_grad, int64_t causal, int64_t window_left, int64_t window_right, std::optional<double> scale,
+    double softcap, double dropout_p) {
   AttentionParams p =
       attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
   set_options(p, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);

@@ -14,22 +14,32 @@ int64_t rows_per_chunk(int64_t M) {
   return std::max((M + kChunks - 1) / kChunks, kRows);
 }
 
-void check_rows(const Tensor& t, const char* name, int64_t M, int64_t N) {
-  check(t.dim() == 2 && t.size(0) == M && t.size(1) == N && (N == 1 || t.stride(1) == 1 || t.numel() == 0), name,
-        ": expected (rows, width) with a last stride of 1");
+// The stride of t's rows.
+int64_t check_rows(const Tensor& t, const char* name, const NormParams& p) {
+  const Matrix m = matrix_of(t, name);
+  check(m.rows == p.M && m.width == p.N, name, ": expected ", p.M, " rows of ", p.N, ", got ", m.rows, " of ", m.width);
+  return m.stride;
+}
+
+Sizes sizes_of(const Tensor& t, int64_t dims) {
+  Sizes sizes(static_cast<size_t>(dims));
+  for (int64_t d = 0; d < dims; ++d) sizes[static_cast<size_t>(d)] = t.size(d);
+  return sizes;
 }
 
 // weight or bias in the arithmetic type: they are read by every row, so converting them once is free.
 std::optional<Tensor> parameter(const OptionalTensor& t, const char* name, int64_t N, DType dtype) {
   if (!t.has_value()) return std::nullopt;
   check(t->dim() == 1 && t->size(0) == N && t->is_contiguous(), name, ": expected a contiguous vector of the width");
+  check(dtype_of(*t, name) != DType::boolean, name, ": expected a floating dtype");
   if (t->scalar_type() == accumulator_type(dtype)) return t;
   return torch::stable::to(*t, accumulator_type(dtype));
 }
 
 void set_common(NormParams& p, const Tensor& x, ScalarType sum_dtype, double dropout_p, const OptionalTensor& seed,
                 bool rms) {
-  p.M = x.size(0), p.N = x.size(1);
+  const Matrix rows = matrix_of(x, "x");
+  p.M = rows.rows, p.N = rows.width;
   p.dtype = dtype_of(x, "x");
   p.sum_dtype = sum_dtype == x.scalar_type() ? p.dtype : DType::f32;
   const bool narrow = p.dtype == DType::bf16 || p.dtype == DType::f16;
@@ -43,42 +53,66 @@ void set_common(NormParams& p, const Tensor& x, ScalarType sum_dtype, double dro
 
 double cost_of(const NormParams& p) { return 32.0 * static_cast<double>(p.M) * static_cast<double>(p.N); }
 
+// The inputs of a forward pass that live as long as the kernel reads them.
+struct NormInputs {
+  NormParams p{};
+  ScalarType sum_dtype;
+  std::optional<Tensor> weight, bias;
+
+  NormInputs(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& given_weight,
+             const OptionalTensor& given_bias, const OptionalTensor& dropout_seed, double eps, double dropout_p,
+             bool rms, std::optional<ScalarType> wanted_dtype)
+      : sum_dtype(wanted_dtype.value_or(residual.has_value() ? residual->scalar_type() : x.scalar_type())) {
+    set_common(p, x, sum_dtype, dropout_p, dropout_seed, rms);
+    p.x = x.const_data_ptr(), p.x_stride = check_rows(x, "x", p), p.eps = eps;
+    if (residual.has_value()) {
+      check(residual->scalar_type() == sum_dtype, "residual: expected dtype sum_dtype");
+      p.residual = residual->const_data_ptr(), p.residual_stride = check_rows(*residual, "residual", p);
+    }
+    weight = parameter(given_weight, "weight", p.N, p.dtype), bias = parameter(given_bias, "bias", p.N, p.dtype);
+    p.weight = pointer<void>(weight), p.bias = pointer<void>(bias);
+  }
+};
+
+void run_forward(const NormParams& p) {
+  if (p.N == 0) return;
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t rows = rows_per_chunk(p.M), chunks = (p.M + rows - 1) / rows;
+  parallel_tasks(chunks, cost_of(p), [&](int64_t n) {
+    kernels.norm_forward(p, n * rows, std::min((n + 1) * rows, p.M), ThreadScratch::get(kernels.norm_scratch(p)));
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_forward(Tensor x, OptionalTensor residual,
                                                                  OptionalTensor weight, OptionalTensor bias,
                                                                  OptionalTensor dropout_seed, double eps,
                                                                  double dropout_p, bool rms, bool save_sum,
-                                                                 ScalarType sum_dtype) {
-  NormParams p{};
-  check(x.dim() == 2, "x: expected 2 dimensions");
-  set_common(p, x, sum_dtype, dropout_p, dropout_seed, rms);
-  check_rows(x, "x", p.M, p.N);
-  p.x = x.const_data_ptr(), p.x_stride = x.stride(0), p.eps = eps;
-  if (residual.has_value()) {
-    check_rows(*residual, "residual", p.M, p.N);
-    check(residual->scalar_type() == sum_dtype, "residual: expected dtype sum_dtype");
-    p.residual = residual->const_data_ptr(), p.residual_stride = residual->stride(0);
-  }
-  const auto wide_weight = parameter(weight, "weight", p.N, p.dtype), wide_bias = parameter(bias, "bias", p.N, p.dtype);
-  p.weight = pointer<void>(wide_weight), p.bias = pointer<void>(wide_bias);
+                                                                 std::optional<ScalarType> wanted_dtype) {
+  NormInputs inputs(x, residual, weight, bias, dropout_seed, eps, dropout_p, rms, wanted_dtype);
+  NormParams& p = inputs.p;
   const ScalarType statistics = accumulator_type(p.dtype);
-  Tensor y = empty({p.M, p.N}, x.scalar_type(), x);
-  Tensor sum = save_sum ? empty({p.M, p.N}, sum_dtype, x) : empty({0}, sum_dtype, x);
-  Tensor mean = empty({rms ? 0 : p.M}, statistics, x), rstd = empty({p.M}, statistics, x);
+  const Sizes sizes = sizes_of(x, x.dim()), lead = sizes_of(x, x.dim() - 1);
+  Tensor y = empty(sizes, x.scalar_type(), x);
+  Tensor sum = empty(save_sum ? sizes : Sizes{0}, inputs.sum_dtype, x);
+  Tensor mean = empty(rms ? Sizes{0} : lead, statistics, x), rstd = empty(lead, statistics, x);
   p.y = y.mutable_data_ptr(), p.rstd = rstd.mutable_data_ptr();
   if (save_sum) p.sum = sum.mutable_data_ptr();
   if (!rms) p.mean = mean.mutable_data_ptr();
-
-  if (p.N > 0) {
-    const CpuKernels& kernels = cpu_kernels();
-    const int64_t rows = rows_per_chunk(p.M), chunks = (p.M + rows - 1) / rows;
-    parallel_tasks(chunks, cost_of(p), [&](int64_t n) {
-      kernels.norm_forward(p, n * rows, std::min((n + 1) * rows, p.M), ThreadScratch::get(kernels.norm_scratch(p)));
-    });
-  } else {
+  run_forward(p);
+  if (p.N == 0) {
     torch::stable::zero_(rstd);
     torch::stable::zero_(mean);
   }
   return {y, sum, mean, rstd};
+}
+
+Tensor residual_norm_inference(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
+                               double eps, bool rms) {
+  NormInputs inputs(x, residual, weight, bias, std::nullopt, eps, 0, rms, std::nullopt);
+  Tensor y = empty(sizes_of(x, x.dim()), x.scalar_type(), x);
+  inputs.p.y = y.mutable_data_ptr();
+  run_forward(inputs.p);
+  return y;
 }
 
 // Partials (chunks, N) added in order.
@@ -111,31 +145,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
                                                                   std::optional<ScalarType> residual_dtype,
                                                                   std::optional<ScalarType> bias_dtype) {
   NormParams p{};
-  check(grad_y.dim() == 2 && grad_y.scalar_type() == x_dtype, "grad_y: expected 2 dimensions and the dtype of x");
+  check(grad_y.scalar_type() == x_dtype, "grad_y: expected the dtype of x");
   set_common(p, grad_y, sum.scalar_type(), dropout_p, dropout_seed, rms);
-  check_rows(grad_y, "grad_y", p.M, p.N);
-  check_rows(sum, "sum", p.M, p.N);
   const ScalarType statistics = accumulator_type(p.dtype);
   check(rstd.numel() == p.M && rstd.scalar_type() == statistics && rstd.is_contiguous(), "rstd: expected (rows)");
   check(rms || (mean.numel() == p.M && mean.scalar_type() == statistics && mean.is_contiguous()),
         "mean: expected (rows)");
   check(!residual_dtype || *residual_dtype == sum.scalar_type(), "residual_dtype: expected the dtype of sum");
-  p.saved = sum.const_data_ptr(), p.saved_stride = sum.stride(0);
-  p.grad_y = grad_y.const_data_ptr(), p.grad_y_stride = grad_y.stride(0);
+  p.saved = sum.const_data_ptr(), p.saved_stride = check_rows(sum, "sum", p);
+  p.grad_y = grad_y.const_data_ptr(), p.grad_y_stride = check_rows(grad_y, "grad_y", p);
   p.mean = rms ? nullptr : const_cast<void*>(mean.const_data_ptr());
   p.rstd = const_cast<void*>(rstd.const_data_ptr());
   if (grad_sum.has_value()) {
-    check_rows(*grad_sum, "grad_sum", p.M, p.N);
     check(grad_sum->scalar_type() == sum.scalar_type(), "grad_sum: expected the dtype of sum");
-    p.grad_sum = grad_sum->const_data_ptr(), p.grad_sum_stride = grad_sum->stride(0);
+    p.grad_sum = grad_sum->const_data_ptr(), p.grad_sum_stride = check_rows(*grad_sum, "grad_sum", p);
   }
   const auto wide_weight = parameter(weight, "weight", p.N, p.dtype);
   p.weight = pointer<void>(wide_weight);
 
   // Without dropout both gradients are the same numbers: one tensor serves where it also has the right dtype.
   const bool apart = residual_dtype && (dropout_p > 0 || *residual_dtype != x_dtype);
-  Tensor grad_x = empty({p.M, p.N}, x_dtype, grad_y);
-  Tensor grad_residual = apart ? empty({p.M, p.N}, *residual_dtype, grad_y) : empty({0}, x_dtype, grad_y);
+  const Sizes sizes = sizes_of(grad_y, grad_y.dim());
+  Tensor grad_x = empty(sizes, x_dtype, grad_y);
+  Tensor grad_residual = apart ? empty(sizes, *residual_dtype, grad_y) : empty({0}, x_dtype, grad_y);
   p.grad_x = grad_x.mutable_data_ptr();
   if (apart) p.grad_residual = grad_residual.mutable_data_ptr();
   p.chunk_rows = rows_per_chunk(p.M);
@@ -160,5 +192,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
 
 STABLE_TORCH_LIBRARY_IMPL(tformer_ext, CPU, m) {
   m.impl("_residual_norm_forward", TORCH_BOX(&tformer::residual_norm_forward));
+  m.impl("_residual_norm_inference", TORCH_BOX(&tformer::residual_norm_inference));
   m.impl("_residual_norm_backward", TORCH_BOX(&tformer::residual_norm_backward));
 }

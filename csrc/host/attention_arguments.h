@@ -1,6 +1,8 @@
 // Tensors of an attention call to AttentionParams, checked. Shared by all backends.
 #pragma once
 
+#include <cmath>
+
 #include "tensors.h"
 
 namespace tformer {
@@ -109,13 +111,13 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& key, 
 }
 
 inline void set_options(AttentionParams& p, const OptionalTensor& dropout_seed, int64_t causal, int64_t window_left,
-                        int64_t window_right, double scale, double softcap, double dropout_p) {
+                        int64_t window_right, std::optional<double> scale, double softcap, double dropout_p) {
   check(causal >= kNotCausal && causal <= kLowerRight, "causal: expected 0, 1 or 2");
   check(window_left >= -1 && window_right >= -1, "window: expected -1 or more");
   check(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1");
   check(softcap >= 0, "softcap: expected 0 or more");
   p.causal = causal, p.window_left = window_left, p.window_right = window_right;
-  p.scale = scale, p.softcap = softcap, p.dropout_p = dropout_p;
+  p.scale = scale.value_or(1 / std::sqrt(static_cast<double>(p.D))), p.softcap = softcap, p.dropout_p = dropout_p;
   p.dropout_seed = seed_of(dropout_seed, dropout_p);
 }
 

@@ -131,6 +131,25 @@ inline Tensor empty_in_order_of(const Tensor& like, const Sizes& sizes) {
   return empty_strided(sizes, strides, like.scalar_type(), like);
 }
 
+// (..., N) as rows of N elements, `stride` apart.
+struct Matrix {
+  int64_t rows, width, stride;
+};
+
+inline Matrix matrix_of(const Tensor& t, const char* name) {
+  check(t.dim() > 0, name, ": expected at least one dimension");
+  int64_t d = t.dim() - 1;
+  Matrix m{1, t.size(d), t.size(d)};
+  check(m.width <= 1 || t.stride(d) == 1 || t.numel() == 0, name, ": expected a last stride of 1");
+  while (--d >= 0) {
+    if (t.size(d) == 1) continue;
+    if (m.rows == 1) m.stride = t.stride(d);
+    check(t.stride(d) == m.stride * m.rows || t.numel() == 0, name, ": expected evenly spaced rows");
+    m.rows *= t.size(d);
+  }
+  return m;
+}
+
 template <class T>
 T* pointer(const OptionalTensor& t) {
   return t.has_value() ? static_cast<T*>(const_cast<void*>(t->const_data_ptr())) : nullptr;

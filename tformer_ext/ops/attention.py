@@ -9,6 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import reference
+from ..arguments import check_qkv
+from .recording import call, call_backward, needs_function
 
 _forward = torch.ops.tformer_ext._attention_forward.default
 _backward = torch.ops.tformer_ext._attention_backward.default
@@ -19,11 +21,19 @@ _ROWS = 128
 
 def attention(*operands):
     """(out, lse) of the operands; without a gradient to record straight to the operator."""
-    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in operands[:7]):
-        return Attention.apply(*operands)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return Attention.apply(*operands)
-    return _forward(*operands)
+    return call(Attention, *operands) if needs_function(*operands[:7]) else _forward(*operands)
+
+
+def plain_attention(query, key, value):
+    """out without any option and any gradient, or None where that is not what the operator takes.
+
+    The arguments of the operator are most of what a tiny call takes, so there are three of them, and they have not been
+    checked: the operator refuses what it cannot read, and the caller then finds out what was wrong with it.
+    """
+    try:
+        return None if needs_function(query, key, value) else _forward(query, key, value)[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _accumulator_dtype(dtype):
@@ -38,6 +48,7 @@ def _empty_in_order_of(like, sizes):
 
 @torch.library.register_fake("tformer_ext::_attention_forward")
 def _(query, key, value, *_):
+    check_qkv(query, key, value)
     B, Hq, Sq, _D = query.shape
     out = _empty_in_order_of(query, (B, Hq, Sq, value.shape[3]))
     return out, query.new_empty((B, Hq, Sq), dtype=_accumulator_dtype(query.dtype))
@@ -82,7 +93,8 @@ class Attention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         bias_needs_grad, sinks_need_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
-        grads = AttentionBackward.apply(grad_out, grad_lse, out, lse, bias_needs_grad, *tensors, *ctx.numbers)
+        operands = (grad_out, grad_lse, out, lse, bias_needs_grad, *tensors, *ctx.numbers)
+        grads = call_backward(AttentionBackward, *operands)
         grad_query, grad_key, grad_value, grad_bias, grad_sinks = grads
         return (
             grad_query,

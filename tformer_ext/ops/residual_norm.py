@@ -1,28 +1,42 @@
-"""residual_norm: raw operators, fake kernels, vmap, first and second derivatives. All tensors are (M, N) or (N)."""
+"""residual_norm: raw operators, fake kernels, vmap, first and second derivatives. Tensors are (..., N) or (N)."""
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..arguments import check_norm
 from ..reference import norm_dropout_mask
 from ..reference.philox import keep_scale
 from ..reference.residual_norm import normalize
+from .recording import call, call_backward, needs_function
 
 _forward = torch.ops.tformer_ext._residual_norm_forward.default
+_inference = torch.ops.tformer_ext._residual_norm_inference.default
 _backward = torch.ops.tformer_ext._residual_norm_backward.default
 
 
 def residual_norm(x, residual, weight, bias, seed, eps, dropout_p, rms, want_sum, sum_dtype):
-    """(y, sum) of x (M, N); sum is None unless want_sum."""
+    """(y, sum) of x (..., N); sum is None unless want_sum."""
     tensors = (x, residual, weight, bias)
-    if (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or (
-        torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if needs_function(*tensors):
         # without residual and dropout, and in x's dtype, the sum is x itself and need not be saved again
         save_sum = want_sum or residual is not None or dropout_p > 0 or sum_dtype != x.dtype
-        y, total, _, _ = ResidualNorm.apply(*tensors, seed, eps, dropout_p, rms, save_sum, sum_dtype)
+        y, total, _, _ = call(ResidualNorm, *tensors, seed, eps, dropout_p, rms, save_sum, sum_dtype)
     else:
         y, total, _, _ = _forward(*tensors, seed, eps, dropout_p, rms, want_sum, sum_dtype)
     return y, total if want_sum else None
+
+
+def plain_norm(x, residual, weight, bias, eps, rms):
+    """y without dropout and any gradient, or None; as plain_attention."""
+    try:
+        return None if needs_function(x, residual, weight, bias) else _inference(x, residual, weight, bias, eps, rms)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _apart(dropout_p, x_dtype, residual_dtype):
+    """Whether the gradient of the residual differs from that of x."""
+    return residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
 
 
 def _statistics_dtype(dtype):
@@ -30,21 +44,30 @@ def _statistics_dtype(dtype):
 
 
 @torch.library.register_fake("tformer_ext::_residual_norm_forward")
-def _(x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, sum_dtype):
-    M, _N = x.shape
+def _(
+    x, residual=None, weight=None, bias=None, seed=None, eps=1e-5, dropout_p=0.0, rms=False, save_sum=False,
+    sum_dtype=None,
+):  # fmt: skip
+    _, sum_dtype = check_norm(x, residual, weight, bias, sum_dtype)
     statistics = _statistics_dtype(x.dtype)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(x.shape if save_sum else (0,), dtype=sum_dtype),
-        x.new_empty((0,) if rms else (M,), dtype=statistics),
-        x.new_empty((M,), dtype=statistics),
+        x.new_empty((0,) if rms else x.shape[:-1], dtype=statistics),
+        x.new_empty(x.shape[:-1], dtype=statistics),
     )
+
+
+@torch.library.register_fake("tformer_ext::_residual_norm_inference")
+def _(x, residual, weight, bias, *_):
+    check_norm(x, residual, weight, bias, None)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("tformer_ext::_residual_norm_backward")
 def _(grad_y, grad_sum, total, mean, rstd, weight, seed, dropout_p, rms, x_dtype, residual_dtype, bias_dtype):
-    N = grad_y.shape[1]
-    apart = residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
+    N = grad_y.shape[-1]
+    apart = _apart(dropout_p, x_dtype, residual_dtype)
     nothing = grad_y.new_empty(0, dtype=x_dtype)
     return (
         grad_y.new_empty(grad_y.shape, dtype=x_dtype),
@@ -82,13 +105,13 @@ class ResidualNorm(torch.autograd.Function):
             return (None,) * 10
         if grad_y is None:
             grad_y = total.new_zeros(total.shape, dtype=ctx.x_dtype)
-        grad_x, grad_residual, grad_weight, grad_bias = ResidualNormBackward.apply(
-            grad_y, grad_sum, total, mean, rstd, weight, seed, *ctx.numbers, ctx.x_dtype, ctx.residual_dtype,
-            ctx.bias_dtype,
+        grad_x, grad_residual, grad_weight, grad_bias = call_backward(
+            ResidualNormBackward, grad_y, grad_sum, total, mean, rstd, weight, seed, *ctx.numbers, ctx.x_dtype,
+            ctx.residual_dtype, ctx.bias_dtype,
         )  # fmt: skip
         if ctx.residual_dtype is None:
             grad_residual = None
-        elif grad_residual.dim() == 1:  # the same numbers as grad_x
+        elif not _apart(ctx.numbers[1], ctx.x_dtype, ctx.residual_dtype):
             grad_residual = grad_x
         grad_weight = None if weight is None else grad_weight
         return grad_x, grad_residual, grad_weight, grad_bias if ctx.bias_dtype else None, *(None,) * 6
@@ -117,8 +140,8 @@ class ResidualNormBackward(torch.autograd.Function):
         residual_dtype,
         bias_dtype,
     ):
-        grad_y = _rows(grad_y.to(x_dtype))
-        grad_sum = None if grad_sum is None else _rows(grad_sum)
+        grad_y = evenly_spaced_rows(grad_y.to(x_dtype))
+        grad_sum = None if grad_sum is None else evenly_spaced_rows(grad_sum)
         return _backward(
             grad_y,
             grad_sum,
@@ -147,8 +170,9 @@ class ResidualNormBackward(torch.autograd.Function):
         eps, dropout_p, rms, x_dtype, residual_dtype, bias_dtype = ctx.numbers
         if all(g is None for g in (grad_grad_x, grad_grad_residual, grad_grad_weight, grad_grad_bias)):
             return (None,) * 13
-        apart = residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
-        inputs = [None if t is None else t.detach().requires_grad_() for t in (grad_y, grad_sum, total, weight)]
+        shape, N = grad_y.shape, grad_y.shape[-1]
+        rows = [None if t is None else t.reshape(-1, N) for t in (grad_y, grad_sum, total)]
+        inputs = [None if t is None else t.detach().requires_grad_() for t in (*rows, weight)]
         gy, gs, h, w = inputs
         wide = _statistics_dtype(x_dtype)
         with torch.enable_grad():
@@ -158,7 +182,7 @@ class ResidualNormBackward(torch.autograd.Function):
             dh, *dw = torch.autograd.grad(y, wanted, gy.to(wide), create_graph=True)
             if gs is not None:
                 dh = dh + gs.to(wide)
-            pairs = [(grad_grad_residual, dh)] if apart else []
+            pairs = [(grad_grad_residual, dh)] if _apart(dropout_p, x_dtype, residual_dtype) else []
             if dropout_p > 0:
                 kept = norm_dropout_mask(seed, *h.shape, dropout_p, device=h.device)
                 dh = dh * (kept.to(wide) * keep_scale(dropout_p))
@@ -166,19 +190,24 @@ class ResidualNormBackward(torch.autograd.Function):
             pairs += [(grad_grad_weight, g) for g in dw]
             if bias_dtype is not None:
                 pairs.append((grad_grad_bias, gy.to(wide).sum(0)))
-            inner = sum((gg.to(g.dtype) * g).sum() for gg, g in pairs if gg is not None)
+            inner = sum((gg.reshape(g.shape).to(g.dtype) * g).sum() for gg, g in pairs if gg is not None)
             present = [t for t in inputs if t is not None]
             seconds = iter(torch.autograd.grad(inner, present, allow_unused=True))
-        grads = [None if t is None else next(seconds) for t in inputs]
-        return grads[0], grads[1], grads[2], None, None, grads[3], *(None,) * 7
+        *by_row, grad_weight = (None if t is None else next(seconds) for t in inputs)
+        grad_y, grad_sum, total = (None if g is None else g.view(shape) for g in by_row)
+        return grad_y, grad_sum, total, None, None, grad_weight, *(None,) * 7
 
     @staticmethod
     def vmap(info, in_dims, *operands):
         return _vmap(ResidualNormBackward, info, in_dims, operands)
 
 
-def _rows(t):
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+def evenly_spaced_rows(t):
+    """t, copied only where its rows do not lie at equal distances or are not contiguous."""
+    if t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1):
+        return t
+    even = all(t.stride(d) == t.stride(d + 1) * t.shape[d + 1] for d in range(t.dim() - 2))
+    return t if even and t.stride(-1) == 1 else t.contiguous()
 
 
 def _vmap(function, info, in_dims, operands):
@@ -186,7 +215,7 @@ def _vmap(function, info, in_dims, operands):
     results = []
     for index in range(info.batch_size):
         one = [
-            _rows(x.select(dim, index)) if isinstance(x, torch.Tensor) and dim is not None else x
+            x.select(dim, index).contiguous() if isinstance(x, torch.Tensor) and dim is not None else x
             for x, dim in zip(operands, in_dims, strict=True)
         ]
         results.append(function.apply(*one))

@@ -125,8 +125,8 @@ struct ResidualNorm {
 
     const Moments m = moments(p.rms ? Real(0) : sum_lanes<Real>(total) / static_cast<Real>(p.N));
     const Real mean = m.mean, rstd = static_cast<Real>(1.0 / __builtin_sqrt(m.variance + p.eps));
-    if (!p.rms) static_cast<Real*>(p.mean)[i] = mean;
-    static_cast<Real*>(p.rstd)[i] = rstd;
+    if (p.mean) static_cast<Real*>(p.mean)[i] = mean;
+    if (p.rstd) static_cast<Real*>(p.rstd)[i] = rstd;
 
     const Real *weight = static_cast<const Real*>(p.weight), *bias = static_cast<const Real*>(p.bias);
     each_vector([&](int64_t c, auto n) {
