@@ -32,6 +32,7 @@ os.chdir(ROOT)  # paths below are relative to it, as setuptools wants them
 HOST_SOURCES = [
     "csrc/schema.cpp",
     "csrc/module.cpp",
+    "csrc/cpu/block_cache.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/residual_norm.cpp",
@@ -49,8 +50,8 @@ COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", 
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # gcc's own AVX-512 headers set these two off.
 QUIET_AVX512_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-# Only the stable ABI of torch 2.10 may be used, so one binary serves every later torch.
-TORCH_MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+# Only the stable ABI of torch 2.11 may be used, so one binary serves every later torch.
+TORCH_MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
 # Folder of .cu files -> the machine code they are compiled to.
 CUDA_FLAGS = {

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/block_cache.h"
 #include "cpu/isa.h"
 #include "params.h"
 
@@ -84,6 +85,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("measure_ceiling", &measure_ceiling, py::arg("kind"), py::arg("dtype"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(),
         "Operations per second of this thread: kind fma (a multiply-add is two) or exp, dtype a name like float32.");
+  m.def(
+      "set_kept_bytes", [](size_t bytes) { return tformer::BlockCache::instance().set_limit(bytes); }, py::arg("bytes"),
+      "Keeps at most so much memory of freed results for the next ones; 0: none. Returns the limit before.");
+  m.def(
+      "kept_bytes", [] { return tformer::BlockCache::instance().kept_bytes(); },
+      "Memory of freed results kept at the moment.");
   m.def("build_info", &build_info,
         "How this was built: version, commit, torch, cuda, sanitize, flags (per instruction set), compiler.");
 }

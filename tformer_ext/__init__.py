@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         "source folder if an installed copy was meant"
     ) from error
 
-from . import functional, modules, reference
+from . import functional, memory, modules, reference
 from .explain import explain
 from .modules import MultiheadAttention, ResidualLayerNorm, ResidualRMSNorm
 
@@ -26,6 +26,7 @@ __all__ = [
     "explain",
     "functional",
     "huggingface",
+    "memory",
     "modules",
     "reference",
 ]

@@ -1,9 +1,6 @@
 // What host files need of tensors: checks, allocation, pointers. Only the stable ABI of LibTorch is used.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/block_cache.h"
 #include "../params.h"
 
 namespace tformer {
@@ -84,34 +82,41 @@ inline Sizes contiguous_strides(const Sizes& sizes) {
   return strides;
 }
 
-// Asks for 2 MiB pages in the part of new memory that can have them. Large tensors are mapped anew by every allocation,
-// and mapping them 4 KiB at a time takes longer than most kernels take to fill them.
-inline void prefer_huge_pages(void* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
-  // Advice only: where the system refuses it the pages are small, as they would have been.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
+inline size_t element_bytes(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      check(false, "element_bytes: a type that no operator makes");
+  }
+  return 0;
 }
 
-// Uninitialised, on the device of `like`. Straight to the shim: the stable ops go through the dispatcher.
+// Uninitialised, on the device of `like`. Large ones on the CPU come from the block cache.
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type, const Tensor& like) {
+  if (like.is_cpu()) {
+    size_t bytes = element_bytes(type);
+    for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
+    if (void* data = BlockCache::instance().take(bytes)) {
+      return torch::stable::from_blob(data, sizes, strides, like.device(), type,
+                                      [bytes](void* block) { BlockCache::instance().give_back(block, bytes); });
+    }
+  }
+  // Straight to the shim: the stable ops go through the dispatcher.
   AtenTensorHandle handle;
   const int32_t device_type = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
                                like.get_device_index(), &handle));
-  Tensor tensor(handle);
-  if (like.is_cpu()) {
-    prefer_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
-  }
-  return tensor;
+  return Tensor(handle);
 }
 
 inline Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& like) {
