@@ -102,6 +102,7 @@ struct NormParams {
   double eps, dropout_p;
   uint64_t dropout_seed;
   bool rms;
+  bool around_cache;  // the results are larger than the caches and aligned to their lines: write them past these
 
   // Backward only; x, residual, y and sum are then unused.
   const void* saved;  // (M, N) of sum_dtype: the rows that were normalised

@@ -163,3 +163,19 @@ def test_non_finite_rows_stay_rows(isa):
     x[2, 7], x[4, 39] = float("nan"), float("inf")
     y = F.residual_layer_norm(x)
     assert torch.isnan(y[[2, 4]]).all() and torch.isfinite(y[[0, 1, 3, 5]]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1024, 1000])  # whole cache lines in each row, and not
+def test_results_larger_than_the_caches(isa, dtype, width):
+    """Written past the caches where rows are whole lines: the same bits as in small pieces."""
+    rows = 40 * 2**20 // (width * dtype.itemsize)
+    x, residual, grad = (torch.randn(rows, width, dtype=dtype) for _ in range(3))
+    x.requires_grad_()
+    whole, total = F.residual_layer_norm(x, residual, dropout_p=0.1, dropout_seed=3, return_residual=True)
+    (from_whole,) = torch.autograd.grad(whole, x, grad)
+    same, kept = F.residual_layer_norm(x[:500], residual[:500], dropout_p=0.1, dropout_seed=3, return_residual=True)
+    (from_part,) = torch.autograd.grad(same, x, grad[:500])
+    assert torch.equal(whole[:500], same) and torch.equal(total[:500], kept)
+    assert torch.equal(from_whole[:500], from_part[:500])
+    assert torch.equal(whole[500:], F.residual_layer_norm(total)[500:])

@@ -1,4 +1,7 @@
 // Residual LayerNorm / RMSNorm on the CPU: tensors to parameters, rows to threads.
+#include <unistd.h>
+
+#include <initializer_list>
 #include <tuple>
 
 #include "../host/tensors.h"
@@ -12,6 +15,32 @@ namespace {
 int64_t rows_per_chunk(int64_t M) {
   constexpr int64_t kChunks = 64, kRows = 16;
   return std::max((M + kChunks - 1) / kChunks, kRows);
+}
+
+// Bytes of the last-level cache; 32 MiB where the system does not tell.
+size_t last_level_cache() {
+  static const size_t bytes = [] {
+    long size = -1;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return size > 0 ? static_cast<size_t>(size) : size_t{32} << 20;
+  }();
+  return bytes;
+}
+
+// Whether the results had better not go through the caches: the end of them would throw out the beginning, and a store
+// past the caches need not read the line first.
+bool writes_around_cache(const NormParams& p, std::initializer_list<const Tensor*> results) {
+  constexpr size_t kLine = 64;
+  size_t total = 0;
+  for (const Tensor* t : results) {
+    const size_t row = static_cast<size_t>(p.N) * t->element_size();
+    if (t->numel() == 0) continue;
+    if (row % kLine != 0 || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kLine != 0) return false;
+    total += static_cast<size_t>(p.M) * row;
+  }
+  return total >= last_level_cache();
 }
 
 // The stride of t's rows.
@@ -98,6 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_forward(Tensor x, Optio
   p.y = y.mutable_data_ptr(), p.rstd = rstd.mutable_data_ptr();
   if (save_sum) p.sum = sum.mutable_data_ptr();
   if (!rms) p.mean = mean.mutable_data_ptr();
+  p.around_cache = writes_around_cache(p, {&y, &sum});
   run_forward(p);
   if (p.N == 0) {
     torch::stable::zero_(rstd);
@@ -111,6 +141,7 @@ Tensor residual_norm_inference(Tensor x, OptionalTensor residual, OptionalTensor
   NormInputs inputs(x, residual, weight, bias, std::nullopt, eps, 0, rms, std::nullopt);
   Tensor y = empty(sizes_of(x, x.dim()), x.scalar_type(), x);
   inputs.p.y = y.mutable_data_ptr();
+  inputs.p.around_cache = writes_around_cache(inputs.p, {&y});
   run_forward(inputs.p);
   return y;
 }
@@ -118,11 +149,12 @@ Tensor residual_norm_inference(Tensor x, OptionalTensor residual, OptionalTensor
 // Partials (chunks, N) added in order.
 template <class Real>
 void sum_partials(const Real* partial, int64_t chunks, int64_t N, Real* out) {
-  for (int64_t c = 0; c < N; ++c) {
-    double sum = 0;
-    for (int64_t n = 0; n < chunks; ++n) sum += static_cast<double>(partial[n * N + c]);
-    out[c] = static_cast<Real>(sum);
+  std::vector<double> sum(static_cast<size_t>(N));
+  double* s = sum.data();
+  for (int64_t n = 0; n < chunks; ++n, partial += N) {
+    for (int64_t c = 0; c < N; ++c) s[c] += static_cast<double>(partial[c]);
   }
+  for (int64_t c = 0; c < N; ++c) out[c] = static_cast<Real>(s[c]);
 }
 
 Tensor summed(const Tensor& partial, DType dtype, ScalarType type) {
@@ -170,6 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
   Tensor grad_residual = apart ? empty(sizes, *residual_dtype, grad_y) : empty({0}, x_dtype, grad_y);
   p.grad_x = grad_x.mutable_data_ptr();
   if (apart) p.grad_residual = grad_residual.mutable_data_ptr();
+  p.around_cache = writes_around_cache(p, {&grad_x, &grad_residual});
   p.chunk_rows = rows_per_chunk(p.M);
   const int64_t chunks = (p.M + p.chunk_rows - 1) / p.chunk_rows;
   Tensor partial_weight = empty({weight ? chunks : 0, p.N}, statistics, grad_y);

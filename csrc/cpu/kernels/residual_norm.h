@@ -17,19 +17,33 @@ struct ResidualNorm {
 
   const NormParams& p;
   const int64_t whole;  // columns in whole vectors
-  Real *row, *gradient, *keep;
+  Real *row[2], *keep;  // a row that is written, and the next
   size_t bytes;
 
   ResidualNorm(const NormParams& params, Scratch scratch) : p(params), whole(p.N / L * L) {
     const int64_t padded = (p.N + kPhiloxBlock - 1) / kPhiloxBlock * kPhiloxBlock;
-    row = scratch.take<Real>(padded);
-    gradient = scratch.take<Real>(padded);
+    for (Real*& buffer : row) buffer = scratch.take<Real>(padded);
     keep = scratch.take<Real>(padded);
     bytes = scratch.used();
   }
 
   void forward(int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i) forward_row(i);
+    if (begin == end) return;
+    Reading reading = begin_reading(begin);
+    each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA { read_block(reading, count, c, n); });
+    for (int64_t i = begin; i < end; ++i) {
+      const Writing writing = begin_writing(i, reading);
+      if (i + 1 == end) {
+        each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA { write_block(writing, count, c, n); });
+      } else {  // one row is written while the next is read, so that memory is never left waiting for arithmetic
+        reading = begin_reading(i + 1);
+        each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
+          read_block(reading, count, c, n);
+          write_block(writing, count, c, n);
+        });
+      }
+    }
+    if (p.around_cache) stream_fence();
   }
 
   // The rows of one chunk, and their share of the gradients of weight and bias.
@@ -41,31 +55,53 @@ struct ResidualNorm {
       if (db) db[c] = 0;
     }
     const int64_t end = (chunk + 1) * p.chunk_rows < p.M ? (chunk + 1) * p.chunk_rows : p.M;
-    for (int64_t i = chunk * p.chunk_rows; i < end; ++i) backward_row(i, dw, db);
+    int64_t i = chunk * p.chunk_rows;
+    // Several rows at once, so that dw and db are read and written once for all; few enough to stay in L1.
+    constexpr int64_t kRowBytes = 24 * 1024;
+    const bool four = 4 * p.N * static_cast<int64_t>(sizeof(T) + sizeof(R)) <= kRowBytes;
+    for (; four && i + 4 <= end; i += 4) backward_rows<4>(i, dw, db);
+    for (; i + 2 <= end; i += 2) backward_rows<2>(i, dw, db);
+    if (i < end) backward_rows<1>(i, dw, db);
+    if (p.around_cache) stream_fence();
   }
 
  private:
-  // Calls f(column, count) for each vector of a row; count is below L only for the last.
+  static constexpr int kBlock = 4;  // vectors at once: independent sums whose latencies overlap
+
+  // f(number of vectors, first column, elements of the last one): blocks, single vectors, the rest.
   template <class F>
-  TFORMER_INLINE void each_vector(F&& f) const {
-    for (int64_t c = 0; c < whole; c += L) f(c, std::integral_constant<int, L>{});
-    if (whole < p.N) f(whole, p.N - whole);
+  TFORMER_INLINE void each_block(F&& f) const {
+    int64_t c = 0;
+    for (; c + kBlock * L <= p.N; c += kBlock * L) f(std::integral_constant<int, kBlock>{}, c, L);
+    for (; c < p.N; c += L) f(std::integral_constant<int, 1>{}, c, p.N - c < L ? p.N - c : L);
   }
-  template <class V>
-  static TFORMER_INLINE Vec<Real> read(const V* from, std::integral_constant<int, L>) {
-    return load_as<Real>(from);
+  template <class V, int kCount>
+  static TFORMER_INLINE void read(const V* from, int64_t n, Vec<Real> (&x)[kCount]) {
+    for (int u = 0; u < kCount; ++u) {
+      x[u] = kCount > 1 || n == L ? load_as<Real>(from + u * L) : load_as<Real>(from, n);
+    }
   }
-  template <class V>
-  static TFORMER_INLINE Vec<Real> read(const V* from, int64_t n) {
-    return load_as<Real>(from, n);
+  template <class V, int kCount>
+  static TFORMER_INLINE void write(V* to, int64_t n, const Vec<Real> (&x)[kCount]) {
+    if constexpr (kCount == 1) {
+      n == L ? store_as<Real>(to, x[0]) : store_as<Real>(to, x[0], n);
+    } else {
+      for (int u = 0; u < kCount; u += 2) store_two_as<Real>(to + u * L, x[u], x[u + 1]);
+    }
   }
-  template <class V>
-  static TFORMER_INLINE void write(V* to, Vec<Real> x, std::integral_constant<int, L>) {
-    store_as<Real>(to, x);
+  // write for the large tensors.
+  template <class V, int kCount>
+  TFORMER_INLINE void write_result(V* to, int64_t n, const Vec<Real> (&x)[kCount]) const {
+    if constexpr (kCount > 1) {
+      if (p.around_cache) {
+        for (int u = 0; u < kCount; u += 2) stream_two_as<Real>(to + u * L, x[u], x[u + 1]);
+        return;
+      }
+    }
+    write(to, n, x);
   }
-  template <class V>
-  static TFORMER_INLINE void write(V* to, Vec<Real> x, int64_t n) {
-    store_as<Real>(to, x, n);
+  static TFORMER_INLINE Real total_of(const Vec<Real> (&x)[kBlock]) {
+    return sum_lanes<Real>((x[0] + x[1]) + (x[2] + x[3]));
   }
   template <class V>
   static TFORMER_INLINE V* at(void* base, int64_t i, int64_t stride) {
@@ -74,6 +110,16 @@ struct ResidualNorm {
   template <class V>
   static TFORMER_INLINE const V* at(const void* base, int64_t i, int64_t stride) {
     return base ? static_cast<const V*>(base) + i * stride : nullptr;
+  }
+
+  // Asks for a block of a later row: it arrives while this one is worked on. Into the second-level cache, which has
+  // room for more requests on their way than the first.
+  template <class V>
+  TFORMER_INLINE void prefetch_ahead(const V* from, int64_t stride, int64_t c, int64_t i, int64_t ahead) const {
+    constexpr int kLine = 64, kBytes = kBlock * L * static_cast<int>(sizeof(V));
+    if (!from || i + ahead >= p.M) return;
+    const char* next = reinterpret_cast<const char*>(from + ahead * stride + c);
+    for (int at = 0; at < kBytes; at += kLine) __builtin_prefetch(next + at, 0, 2);
   }
 
   TFORMER_INLINE void draw_dropout(int64_t i) const {
@@ -90,87 +136,156 @@ struct ResidualNorm {
     Real mean;
     double variance;
   };
-  TFORMER_INLINE Moments moments(Real first_mean) const {
+  TFORMER_INLINE Moments moments(Real* row, Real first_mean) const {
     for (int64_t c = p.N; c < whole + (whole < p.N ? L : 0); ++c) row[c] = first_mean;  // adds nothing
-    Vec<Real> sum{}, squares{};
-    for (int64_t c = 0; c < p.N; c += L) {
-      const Vec<Real> d = load(row + c) - first_mean;
-      sum += d;
-      squares += d * d;
-    }
-    const double count = static_cast<double>(p.N);
-    const double second_moment = static_cast<double>(sum_lanes<Real>(squares)) / count;
+    Vec<Real> sum[kBlock] = {}, squares[kBlock] = {};
+    each_block([&](auto count, int64_t c, int64_t) TFORMER_LAMBDA {
+      for (int u = 0; u < count; ++u) {
+        const Vec<Real> d = load(row + c + u * L) - first_mean;
+        sum[u] += d;
+        squares[u] += d * d;
+      }
+    });
+    const double n = static_cast<double>(p.N);
+    const double second_moment = static_cast<double>(total_of(squares)) / n;
     if (p.rms) return {Real(0), second_moment};
-    const double lost = static_cast<double>(sum_lanes<Real>(sum)) / count;
+    const double lost = static_cast<double>(total_of(sum)) / n;
     return {static_cast<Real>(static_cast<double>(first_mean) + lost), second_moment - lost * lost};
   }
 
-  TFORMER_INLINE void forward_row(int64_t i) const {
-    const T* x = at<T>(p.x, i, p.x_stride);
-    const R* residual = at<R>(p.residual, i, p.residual_stride);
-    R* sum = at<R>(p.sum, i, p.N);
-    T* y = at<T>(p.y, i, p.N);
+  // h = residual + dropout(x) of row i, a block at a time: into `row`, and added to `total`.
+  struct Reading {
+    const T* x;
+    const R* residual;
+    R* sum;
+    Real* row;
+    Vec<Real> total[kBlock];
+  };
+  TFORMER_INLINE Reading begin_reading(int64_t i) const {
     if (p.dropout_p > 0) draw_dropout(i);
+    return {at<T>(p.x, i, p.x_stride), at<R>(p.residual, i, p.residual_stride), at<R>(p.sum, i, p.N), row[i % 2], {}};
+  }
+  template <class Count>
+  TFORMER_INLINE void read_block(Reading& to, Count count, int64_t c, int64_t n) const {
+    Vec<Real> h[count], other[count];
+    read(to.x + c, n, h);
+    if (p.dropout_p > 0) {
+      for (int u = 0; u < count; ++u) h[u] *= load(keep + c + u * L);
+    }
+    if (to.residual) {
+      read(to.residual + c, n, other);
+      for (int u = 0; u < count; ++u) h[u] += other[u];
+    }
+    // what is kept is what is normalised: backward sees these numbers
+    if constexpr (count > 1) {
+      for (int u = 0; u < count; u += 2) round_two<R>(h[u], h[u + 1]);
+    } else {
+      h[0] = rounded<R>(h[0]);
+    }
+    for (int u = 0; u < count; ++u) {
+      to.total[u] += h[u];
+      store(to.row + c + u * L, h[u]);
+    }
+    if (to.sum) write_result(to.sum + c, n, h);
+  }
 
-    Vec<Real> total{};
-    each_vector([&](int64_t c, auto n) {
-      Vec<Real> h = read(x + c, n);
-      if (p.dropout_p > 0) h *= load(keep + c);
-      if (residual) h += read(residual + c, n);
-      h = rounded<R>(h);  // what is kept is what is normalised: backward sees these numbers
-      if (sum) write(sum + c, h, n);
-      total += h;
-      store(row + c, h);
-    });
-
-    const Moments m = moments(p.rms ? Real(0) : sum_lanes<Real>(total) / static_cast<Real>(p.N));
-    const Real mean = m.mean, rstd = static_cast<Real>(1.0 / __builtin_sqrt(m.variance + p.eps));
-    if (p.mean) static_cast<Real*>(p.mean)[i] = mean;
+  // y of a row that has been read, a block at a time.
+  struct Writing {
+    T* y;
+    const Real* row;
+    Real mean, rstd;
+  };
+  TFORMER_INLINE Writing begin_writing(int64_t i, const Reading& from) const {
+    const Moments m = moments(from.row, p.rms ? Real(0) : total_of(from.total) / static_cast<Real>(p.N));
+    const Real rstd = static_cast<Real>(1.0 / __builtin_sqrt(m.variance + p.eps));
+    if (p.mean) static_cast<Real*>(p.mean)[i] = m.mean;
     if (p.rstd) static_cast<Real*>(p.rstd)[i] = rstd;
-
+    return {at<T>(p.y, i, p.N), from.row, m.mean, rstd};
+  }
+  template <class Count>
+  TFORMER_INLINE void write_block(const Writing& from, Count count, int64_t c, int64_t n) const {
     const Real *weight = static_cast<const Real*>(p.weight), *bias = static_cast<const Real*>(p.bias);
-    each_vector([&](int64_t c, auto n) {
-      Vec<Real> h = (load(row + c) - mean) * rstd;
-      if (weight) h *= read(weight + c, n);
-      if (bias) h += read(bias + c, n);
-      write(y + c, h, n);
-    });
+    Vec<Real> h[count], other[count];
+    for (int u = 0; u < count; ++u) h[u] = (load(from.row + c + u * L) - from.mean) * from.rstd;
+    if (weight) {
+      read(weight + c, n, other);
+      for (int u = 0; u < count; ++u) h[u] *= other[u];
+    }
+    if (bias) {
+      read(bias + c, n, other);
+      for (int u = 0; u < count; ++u) h[u] += other[u];
+    }
+    write_result(from.y + c, n, h);
   }
 
   // xhat = (h - mean) rstd, g = weight dy: dh = rstd (g - mean(g) - xhat mean(g xhat)); mean(g) is absent for RMS.
-  TFORMER_INLINE void backward_row(int64_t i, Real* dw, Real* db) const {
-    const R* saved = at<R>(p.saved, i, p.saved_stride);
-    const T* dy = at<T>(p.grad_y, i, p.grad_y_stride);
+  template <int kRows>
+  TFORMER_INLINE void backward_rows(int64_t i, Real* dw, Real* db) const {
+    const R* saved[kRows];
+    const T* dy[kRows];
+    Real mean[kRows], rstd[kRows];
+    Vec<Real> sum_g[kRows] = {}, sum_gx[kRows] = {};
+    for (int r = 0; r < kRows; ++r) {
+      saved[r] = at<R>(p.saved, i + r, p.saved_stride), dy[r] = at<T>(p.grad_y, i + r, p.grad_y_stride);
+      mean[r] = p.rms ? Real(0) : static_cast<const Real*>(p.mean)[i + r];
+      rstd[r] = static_cast<const Real*>(p.rstd)[i + r];
+    }
     const Real* weight = static_cast<const Real*>(p.weight);
-    const Real mean = p.rms ? Real(0) : static_cast<const Real*>(p.mean)[i];
-    const Real rstd = static_cast<const Real*>(p.rstd)[i];
-
-    Vec<Real> sum_g{}, sum_gx{};
-    each_vector([&](int64_t c, auto n) {
-      const Vec<Real> d = read(dy + c, n);  // zero past the end, so those lanes add nothing
-      const Vec<Real> xhat = (read(saved + c, n) - mean) * rstd;
-      const Vec<Real> g = weight ? d * read(weight + c, n) : d;
-      sum_g += g;
-      sum_gx += g * xhat;
-      if (dw) write(dw + c, read(dw + c, n) + d * xhat, n);
-      if (db) write(db + c, read(db + c, n) + d, n);
-      store(row + c, xhat);
-      store(gradient + c, g);
-    });
+    const auto first_pass = [&](int64_t c, int64_t n) TFORMER_LAMBDA {
+      Vec<Real> w[1] = {splat(Real(1))}, h[1], d[1], for_w[1] = {}, for_b[1] = {};
+      if (weight) read(weight + c, n, w);
+      if (dw) read(dw + c, n, for_w);
+      if (db) read(db + c, n, for_b);
+      for (int r = 0; r < kRows; ++r) {
+        read(dy[r] + c, n, d);  // zero past the end, so those lanes add nothing
+        read(saved[r] + c, n, h);
+        const Vec<Real> xhat = (h[0] - mean[r]) * rstd[r], g = d[0] * w[0];
+        sum_g[r] += g;
+        sum_gx[r] += g * xhat;
+        for_w[0] += d[0] * xhat;
+        for_b[0] += d[0];
+      }
+      if (dw) write(dw + c, n, for_w);
+      if (db) write(db + c, n, for_b);
+    };
+    for (int64_t c = 0; c < whole; c += L) first_pass(c, L);
+    if (whole < p.N) first_pass(whole, p.N - whole);
     const Real count = static_cast<Real>(p.N);
-    const Real mean_g = p.rms ? Real(0) : sum_lanes<Real>(sum_g) / count;
-    const Real mean_gx = sum_lanes<Real>(sum_gx) / count;
+    for (int r = 0; r < kRows; ++r) {
+      const Real mean_g = p.rms ? Real(0) : sum_lanes<Real>(sum_g[r]) / count;
+      write_gradients(i + r, kRows, saved[r], dy[r], mean[r], rstd[r], mean_g, sum_lanes<Real>(sum_gx[r]) / count);
+    }
+  }
 
+  // ahead: rows from i to the one that is read at this place next.
+  TFORMER_INLINE void write_gradients(int64_t i, int64_t ahead, const R* saved, const T* dy, Real mean, Real rstd,
+                                      Real mean_g, Real mean_gx) const {
+    const Real* weight = static_cast<const Real*>(p.weight);
     const R* dsum = at<R>(p.grad_sum, i, p.grad_sum_stride);
     T* dx = at<T>(p.grad_x, i, p.N);
     R* dresidual = at<R>(p.grad_residual, i, p.N);
     if (p.dropout_p > 0) draw_dropout(i);
-    each_vector([&](int64_t c, auto n) {
-      Vec<Real> dh = (load(gradient + c) - mean_g - load(row + c) * mean_gx) * rstd;
-      if (dsum) dh += read(dsum + c, n);
-      if (dresidual) write(dresidual + c, dh, n);
-      if (p.dropout_p > 0) dh *= load(keep + c);
-      write(dx + c, dh, n);
+    const Real slope = rstd * mean_gx;
+    each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
+      Vec<Real> g[count], h[count], other[count];
+      prefetch_ahead(dy, p.grad_y_stride, c, i, ahead);
+      prefetch_ahead(saved, p.saved_stride, c, i, ahead);
+      read(dy + c, n, g);
+      read(saved + c, n, h);
+      if (weight) {
+        read(weight + c, n, other);
+        for (int u = 0; u < count; ++u) g[u] *= other[u];
+      }
+      for (int u = 0; u < count; ++u) h[u] = (g[u] - mean_g - (h[u] - mean) * slope) * rstd;
+      if (dsum) {
+        read(dsum + c, n, other);
+        for (int u = 0; u < count; ++u) h[u] += other[u];
+      }
+      if (dresidual) write_result(dresidual + c, n, h);
+      if (p.dropout_p > 0) {
+        for (int u = 0; u < count; ++u) h[u] *= load(keep + c + u * L);
+      }
+      write_result(dx + c, n, h);
     });
   }
 };

@@ -102,23 +102,24 @@ TFORMER_INLINE Vec<T> lane_index() {
   for (int i = 0; i < kLanes<T>; ++i) v[i] = static_cast<T>(i);
   return v;
 }
-template <class T>
-TFORMER_INLINE T sum_lanes(Vec<T> v) {  // pairwise: the upper half onto the lower half
-  T lane[kLanes<T>];
-  store(lane, v);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+// combine(upper half, lower half) of the lanes, again and again, down to one.
+template <class T, int kCount, class Combine>
+TFORMER_INLINE T reduce_lanes(VecN<T, kCount> v, Combine combine) {
+  if constexpr (kCount == 2) {
+    return combine(v, __builtin_shufflevector(v, v, 1, 0))[0];
+  } else {
+    VecN<T, kCount / 2> half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return reduce_lanes<T, kCount / 2>(combine(half[0], half[1]), combine);
   }
-  return lane[0];
+}
+template <class T>
+TFORMER_INLINE T sum_lanes(Vec<T> v) {
+  return reduce_lanes<T, kLanes<T>>(v, [](auto a, auto b) TFORMER_LAMBDA { return a + b; });
 }
 template <class T>
 TFORMER_INLINE T max_lanes(Vec<T> v) {
-  T lane[kLanes<T>];
-  store(lane, v);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
-  }
-  return lane[0];
+  return reduce_lanes<T, kLanes<T>>(v, [](auto a, auto b) TFORMER_LAMBDA { return maximum(a, b); });
 }
 
 // ---- bf16 and f16 as the upper bits of, or a smaller exponent than, float -------------------------------------------
@@ -128,7 +129,25 @@ using U32 = Vec<uint32_t>;
 using I32 = Vec<int32_t>;
 using HalfBits = VecN<uint16_t, kLanes<float>>;
 
-TFORMER_INLINE F widen_bf16(HalfBits h) { return (F)(__builtin_convertvector(h, U32) << 16); }
+// Compilers make several instructions of these where the CPU has one.
+TFORMER_INLINE U32 widen_bits(HalfBits h) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, U32);
+#endif
+}
+TFORMER_INLINE HalfBits narrow_bits(U32 u) {
+#if defined(__AVX512F__)
+  return (HalfBits)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+  return __builtin_convertvector(u, HalfBits);
+#endif
+}
+
+TFORMER_INLINE F widen_bf16(HalfBits h) { return (F)(widen_bits(h) << 16); }
 
 // The bits of the nearest bf16, ties to even, NaN kept, in the low half of each lane.
 TFORMER_INLINE U32 narrow_bf16(F x) {
@@ -143,7 +162,7 @@ TFORMER_INLINE F widen_f16(HalfBits h) {
 #elif defined(__F16C__)
   return (F)_mm256_cvtph_ps((__m128i)h);
 #else
-  const U32 u = __builtin_convertvector(h, U32);
+  const U32 u = widen_bits(h);
   const U32 magnitude = (u & 0x7fff) << 13;
   const U32 exponent = magnitude & 0x0f800000;
   const F normal = (F)(magnitude + 0x38000000);                                // rebias 15 -> 127
@@ -157,9 +176,9 @@ TFORMER_INLINE F widen_f16(HalfBits h) {
 // The bits of the nearest f16, ties to even, in the low half of each lane.
 TFORMER_INLINE U32 narrow_f16(F x) {
 #if defined(__AVX512F__)
-  return __builtin_convertvector((HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT), U32);
+  return widen_bits((HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  return __builtin_convertvector((HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT), U32);
+  return widen_bits((HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
   const U32 u = (U32)x, sign = u & 0x80000000u, magnitude = u ^ sign;
   const U32 normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -212,10 +231,65 @@ TFORMER_INLINE void store_as(T* p, Vec<A> v) {
       }
     }
   } else if constexpr (__is_same(T, bf16)) {
-    store(p, __builtin_convertvector(narrow_bf16(v), HalfBits));
+    store(p, narrow_bits(narrow_bf16(v)));
   } else {
-    store(p, __builtin_convertvector(narrow_f16(v), HalfBits));
+    store(p, narrow_bits(narrow_f16(v)));
   }
+}
+
+#if TFORMER_HAS_BF16_PRODUCTS
+// The CPU's own narrowing of two vectors to bf16, nearest even. It takes and gives 0 for subnormal numbers.
+TFORMER_INLINE VecN<uint16_t, 2 * kLanes<float>> narrow_two_bf16(F low, F high) {
+  constexpr int kSubnormal = 0x20;
+  using Pair = VecN<uint16_t, 2 * kLanes<float>>;
+  if (__builtin_expect(_kortestz_mask16_u8(_mm512_fpclass_ps_mask((__m512)low, kSubnormal),
+                                           _mm512_fpclass_ps_mask((__m512)high, kSubnormal)),
+                       1)) {
+    return (Pair)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+  HalfBits half[2] = {narrow_bits(narrow_bf16(low)), narrow_bits(narrow_bf16(high))};
+  return load_bytes<Pair>(half);
+}
+#endif
+
+// Two vectors, one behind the other: a whole cache line of a 16-bit type where the vectors are that wide.
+template <class A, class T>
+TFORMER_INLINE void store_two_as(T* p, Vec<A> first, Vec<A> second) {
+#if TFORMER_HAS_BF16_PRODUCTS
+  if constexpr (__is_same(T, bf16)) return store(p, narrow_two_bf16(first, second));
+#endif
+  store_as<A>(p, first);
+  store_as<A>(p + kLanes<A>, second);
+}
+
+// A vector to memory around the caches; p is aligned to its size. Ordered only by stream_fence.
+template <class V, class T>
+TFORMER_INLINE void stream(T* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#endif
+  store(p, v);
+}
+TFORMER_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// store_two_as around the caches; p is aligned to what the two take together.
+template <class A, class T>
+TFORMER_INLINE void stream_two_as(T* p, Vec<A> first, Vec<A> second) {
+  constexpr bool kWhole = TFORMER_HAS_BF16_PRODUCTS && __is_same(T, bf16);  // both leave in one store
+  using Piece = VecN<uint8_t, (kWhole ? 2 : 1) * kLanes<A>* static_cast<int>(sizeof(T))>;
+  Piece piece[kWhole ? 1 : 2];
+  store_two_as<A>(reinterpret_cast<T*>(piece), first, second);
+  for (int u = 0; u < (kWhole ? 1 : 2); ++u) stream(reinterpret_cast<char*>(p) + u * sizeof(piece[0]), piece[u]);
 }
 
 // The same for the first n < lanes elements: the rest reads as zero and is not written.
@@ -238,10 +312,25 @@ TFORMER_INLINE V rounded(V v) {
   if constexpr (__is_same(T, bf16)) {
     return (V)(narrow_bf16(v) << 16);
   } else if constexpr (__is_same(T, f16)) {
-    return widen_f16(__builtin_convertvector(narrow_f16(v), HalfBits));
+    return widen_f16(narrow_bits(narrow_f16(v)));
   } else {
     return v;
   }
+}
+
+// Two vectors at once: where the CPU narrows to bf16 itself, it narrows two.
+template <class T, class V>
+TFORMER_INLINE void round_two(V& first, V& second) {
+#if TFORMER_HAS_BF16_PRODUCTS
+  if constexpr (__is_same(T, bf16) && __is_same(V, F)) {
+    const auto pair = narrow_two_bf16(first, second);
+    HalfBits half[2];
+    std::memcpy(half, &pair, sizeof(pair));
+    first = widen_bf16(half[0]), second = widen_bf16(half[1]);
+    return;
+  }
+#endif
+  first = rounded<T>(first), second = rounded<T>(second);
 }
 
 // ---- 32 x 32 -> 64 bit products of the even lanes --------------------------------------------------
