@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from tformer_ext.bench import accuracy, attention, bars, ceilings, files, harness, norms, small
-from tformer_ext.bench.job import OURS, Floor, Job
+from tformer_ext.bench.job import COPY, OURS, Floor, Job
 from tformer_ext.bench.record import Record, best_peer, by_case
 from tformer_ext.commands import bench
 
@@ -87,6 +87,7 @@ def test_floors():
     peaks = ceilings.Ceilings("float32", 1, fma=100.0, exp=10.0, copy=50.0)
     assert Floor(fma=200, exp=30).seconds(peaks) == 5
     assert Floor(fma=200, exp=30, bytes=400).seconds(peaks) == 8
+    assert Floor(bytes=400).seconds(peaks, copied=7.5) == 7.5
 
 
 def test_ceilings_are_measured():
@@ -125,7 +126,9 @@ def test_contenders_of_attention_do_the_same_job(problem, direction):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_contenders_of_norms_do_the_same_job(direction, rms):
     problem = norms.Problem(20, 30, return_residual=True, rms=rms)
-    contenders_agree(norms.make_contenders(problem, torch.float32, direction, harness.Options()), 1e-4)
+    *made, copy = norms.make_contenders(problem, torch.float32, direction, harness.Options())
+    assert copy.name == COPY and 2 * copy.call().nbytes == problem.floor(direction, 4).bytes
+    contenders_agree(made, 1e-4)
 
 
 def test_csv_keeps_everything(tmp_path):

@@ -19,7 +19,7 @@ class Ceilings:
     threads: int
     fma: float  # operations per second of multiply-adds in registers, two each, as products of this dtype use them
     exp: float  # exponentials per second, from the first-level cache, by this package's own exp
-    copy: float  # bytes read and written per second by tensor.copy_ from and to memory
+    copy: float  # bytes read and written per second by tensor.copy_, far out of cache
 
     def as_text(self) -> str:
         """One line for a table's title."""
@@ -62,9 +62,9 @@ _buffers: list[torch.Tensor] = []
 
 
 def _copy_buffers() -> list[torch.Tensor]:
-    """Two buffers, each at least as large as the last-level cache, mapped once for the whole run."""
+    """Two buffers, each four times the last-level cache, mapped once for the whole run."""
     if not _buffers:
-        count = min(max(32 << 20, last_level_cache()), 256 << 20) // 4
+        count = min(4 * max(32 << 20, last_level_cache()), 512 << 20) // 4
         _buffers.extend([torch.ones(count), torch.zeros(count)])
     return _buffers
 

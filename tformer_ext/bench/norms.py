@@ -10,7 +10,7 @@ from .. import functional as F
 from .attention import _backward, _without_gradient
 from .ceilings import last_level_cache
 from .harness import Contender, Options
-from .job import DTYPES, OURS, Floor, Job
+from .job import DTYPES, OURS, Floor, Job, copy_contender
 
 EAGER = "eager"
 
@@ -68,7 +68,7 @@ def _job(problem: Problem, dtype: str, direction: str) -> Job:
 
 
 def make_contenders(p: Problem, dtype: torch.dtype, direction: str, options: Options) -> list[Contender]:
-    """Ours and the eager chain on the same tensors; the norm's parameters are float32, as in mixed training."""
+    """Ours and the eager chain on the same tensors, and a copy of as many bytes as they must move."""
     draw = torch.Generator().manual_seed(0)
     backward = direction == "backward"
     x, residual = (torch.randn(p.M, p.N, generator=draw).to(dtype).requires_grad_(backward) for _ in range(2))
@@ -85,7 +85,7 @@ def make_contenders(p: Problem, dtype: torch.dtype, direction: str, options: Opt
     for name, call in calls.items():
         run = _backward(call, leaves, grads) if backward else _without_gradient(call)
         made.append(Contender(name, run, compiles=name.startswith("compiled")))
-    return made
+    return [*made, copy_contender(p.floor(direction, dtype.itemsize).bytes)]
 
 
 def _ours(p: Problem, x, residual, weight, bias) -> Callable:
