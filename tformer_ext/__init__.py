@@ -14,14 +14,32 @@ except ModuleNotFoundError as error:
 
 from . import functional, memory, modules, reference
 from .explain import explain
-from .modules import MultiheadAttention, ResidualLayerNorm, ResidualRMSNorm
+from .modules import (
+    KeyValueCache,
+    MultiheadAttention,
+    ResidualLayerNorm,
+    ResidualRMSNorm,
+    RotaryEmbedding,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __version__ = _C.build_info()["version"]
 
 __all__ = [
+    "KeyValueCache",
     "MultiheadAttention",
     "ResidualLayerNorm",
     "ResidualRMSNorm",
+    "RotaryEmbedding",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "__version__",
     "explain",
     "functional",

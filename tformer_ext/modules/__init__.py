@@ -1,6 +1,21 @@
 """Drop-ins for torch.nn's modules: same constructors, parameters and results."""
 
+from .cache import KeyValueCache
 from .multihead_attention import MultiheadAttention
+from .positions import RotaryEmbedding
 from .residual_norm import ResidualLayerNorm, ResidualRMSNorm
+from .transformer import Transformer, TransformerDecoder, TransformerEncoder
+from .transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["MultiheadAttention", "ResidualLayerNorm", "ResidualRMSNorm"]
+__all__ = [
+    "KeyValueCache",
+    "MultiheadAttention",
+    "ResidualLayerNorm",
+    "ResidualRMSNorm",
+    "RotaryEmbedding",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

@@ -1,7 +1,8 @@
-"""norm(residual + dropout(x)) as modules."""
+"""norm(residual + dropout(x)) as modules, and joined from the modules of a Transformer layer."""
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional as F
 
@@ -99,7 +100,47 @@ class ResidualRMSNorm(_Residual, nn.RMSNorm):
         self._set_options(dropout, return_residual, residual_dtype)
 
     def forward(self, x, residual=None):
-        # torch's default: the machine epsilon of the type the norm is computed in
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        eps = torch.finfo(wide).eps if self.eps is None else self.eps
-        return self._run(F.residual_rms_norm, x, residual, None, eps)
+        return self._run(F.residual_rms_norm, x, residual, None, rms_eps(self.eps, x.dtype))
+
+
+def is_plain(module, kind):
+    """Whether a call of module does what `kind` does and nothing else: no subclass, no hook, no forward of its own."""
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
+        and not _has_any_global_hook()
+    )
+
+
+def add_norm(x, dropout, residual, norm, keep=False):
+    """norm(residual + dropout(x)); with keep also the sum.
+
+    One operation where norm is torch's LayerNorm or RMSNorm of the last dimension and dropout torch's Dropout; any
+    other module is called, so that hooks and replacements take effect. dropout and residual may be None.
+    """
+    dropout_p = 0.0
+    if dropout is not None:
+        if is_plain(dropout, nn.Dropout):
+            dropout_p = dropout.p if dropout.training else 0.0
+        else:
+            x = dropout(x)
+    kind = type(norm)
+    if kind not in (nn.LayerNorm, nn.RMSNorm) or not is_plain(norm, kind) or len(norm.normalized_shape) != 1:
+        x = nn.functional.dropout(x, dropout_p) if dropout_p else x
+        x = x if residual is None else residual + x
+        return (norm(x), x) if keep else norm(x)
+    if residual is not None and residual.dtype != x.dtype:  # autocast: torch adds in the wider type
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wide), residual.to(wide)
+    if kind is nn.LayerNorm:
+        function, bias, eps = F.residual_layer_norm, norm.bias, norm.eps
+    else:
+        function, bias, eps = F.residual_rms_norm, None, rms_eps(norm.eps, x.dtype)
+    return function(x, residual, norm.weight, bias, eps=eps, dropout_p=dropout_p, return_residual=keep)
+
+
+def rms_eps(eps, dtype):
+    """torch.nn.RMSNorm's default: the machine epsilon of the type the norm is computed in."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps if eps is None else eps
