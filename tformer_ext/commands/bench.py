@@ -98,9 +98,9 @@ def run(options: argparse.Namespace) -> int:
 
 def chosen_jobs(options: argparse.Namespace) -> list:
     """All jobs, those that --quick and --filter leave."""
-    from tformer_ext.bench import attention, norms, small
+    from tformer_ext.bench import attention, modules, norms, small
 
-    jobs = [*attention.jobs(), *norms.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
+    jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
     if options.quick:
         jobs = [job for job in jobs if "quick" in job.tags.split()]
     return [job for job in jobs if re.search(options.filter or "", job.name)]

@@ -4,13 +4,14 @@ import warnings
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from .. import functional as F
 from ..arguments import window_pair
 from ..reference import attention_dropout_mask
 from ..reference.attention import visible_keys
 from ..reference.philox import keep_scale
+from .linear import call_linear, linear
 from .masks import check_type, is_causal_mask, padding_operands
 from .positions import alibi_slopes
 
@@ -142,7 +143,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(-2)
         if not batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return self.out_proj(out), weights
+        return call_linear(self.out_proj, out), weights
 
     def _check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal, cache):
         """torch's own checks (their types and messages), made before anything is computed."""

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.modules.transformer import _get_activation_fn
 
+from .linear import add_dropout, call_linear, is_plain_linear, linear
 from .masks import check_type
 from .multihead_attention import MultiheadAttention
 from .residual_norm import add_norm, is_plain
@@ -66,15 +67,21 @@ class _Layer:
         """(result of the feed-forward block, dropout still to be applied)."""
         if self._overrides("_ff_block"):
             return self._ff_block(x), None
-        hidden = self.linear1(x)
-        if is_plain(self.linear1, nn.Linear) and self._is_relu():
-            hidden = torch.relu_(hidden)  # nobody else holds it, and its gradient needs the result only
+        activation = self._known_activation()
+        if activation is not None and is_plain_linear(self.linear1):
+            hidden = linear(x, self.linear1.weight, self.linear1.bias, activation)
         else:
-            hidden = self.activation(hidden)
-        return self.linear2(self.dropout(hidden)), dropout
+            hidden = self.activation(self.linear1(x))
+        return call_linear(self.linear2, add_dropout(hidden, self.dropout)), dropout
 
-    def _is_relu(self):
-        return self.activation is nn.functional.relu or is_plain(self.activation, nn.ReLU)
+    def _known_activation(self):
+        """The name that `linear` has for it, if any."""
+        f = self.activation
+        if f is nn.functional.relu or is_plain(f, nn.ReLU):
+            return "relu"
+        if f is nn.functional.gelu or (is_plain(f, nn.GELU) and f.approximate == "none"):
+            return "gelu"
+        return None
 
     def _overrides(self, block):
         """Whether a subclass or the object itself has a `block` other than torch's."""
@@ -144,7 +151,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
             return add_norm(*self._feed_forward(self.dropout2, x), x, self.norm2)
         y, x = add_norm(*attended, src, self.norm2, keep=True)
         y, dropout = self._feed_forward(self.dropout2, y)
-        return x + (y if dropout is None else dropout(y))
+        return add_dropout(y, dropout, x)
 
     def _forward_nested(self, src, src_mask, src_key_padding_mask):
         """As torch.nn's fast path takes nested tensors, which torch.nn.TransformerEncoder makes of padded ones."""
@@ -224,4 +231,4 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
         y, x = add_norm(*attend(add_norm(tgt, None, None, self.norm1)), tgt, self.norm2, keep=True)
         y, x = add_norm(*look_up(y), x, self.norm3, keep=True)
         y, dropout = self._feed_forward(self.dropout3, y)
-        return x + (y if dropout is None else dropout(y))
+        return add_dropout(y, dropout, x)
