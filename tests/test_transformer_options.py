@@ -143,9 +143,7 @@ FORMS = [{}, {"norm_first": True}, EVERYTHING, {"rotary": tx.RotaryEmbedding(dim
 STEPS = [[1] * T, [T], [3, 1, 1, 2], [1, 6]]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"norm_first": True}, EVERYTHING, {"rotary": tx.RotaryEmbedding(dim=2)}], ids=len
-)
+@pytest.mark.parametrize("options", FORMS, ids=["post-norm", "pre-norm", "everything", "rotary"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("padding", [None, PADDING, LEFT_PADDING], ids=["full", "right", "left"])
 def test_decoding_step_by_step(options, batch_first, padding):

@@ -1,0 +1,150 @@
+"""The modules' linear layers and dropout against torch's, where oneDNN and the counters take over and where not."""
+
+import pytest
+import torch
+from tolerances import assert_close, assert_gradient_close, farther
+from torch import nn
+
+from tformer_ext.modules import linear as ours
+
+F = nn.functional
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
+SHAPES = [((2, 3, 8), 5), ((130, 300), 400), ((1, 768), 768), ((3, 40, 1000), 530), ((0, 8), 5)]
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def route(request, monkeypatch):
+    """Both routes, whatever this CPU would choose."""
+    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    dtypes = {torch.float32, torch.bfloat16} if request.param else set()
+    monkeypatch.setattr(ours, "_onednn_dtypes", lambda: dtypes)
+
+
+def running_sum(x, w, b=None):
+    total = torch.zeros(*x.shape[:-1], len(w)) if b is None else b.expand(*x.shape[:-1], -1)
+    for k in range(x.shape[-1]):
+        total = torch.addcmul(total, x[..., k : k + 1], w[:, k])
+    return total
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "out"), SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(shape, out, dtype, activation, bias, route):
+    tensors = [torch.randn(shape), torch.randn(out, shape[-1]) / shape[-1] ** 0.5, torch.randn(out)][: 2 + bias]
+    tensors = [t.to(dtype) for t in tensors]
+    grad = torch.randn(*shape[:-1], out).to(dtype)
+
+    def run(function, kind):
+        x, w, *b = leaves = [t.detach().to(kind).requires_grad_() for t in tensors]
+        y = function(x, w, b[0] if b else None)
+        return y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))
+
+    def stock(x, w, b):
+        return ACTIVATIONS[activation](F.linear(x, w, b))
+
+    actual = run(lambda x, w, b: ours.linear(x, w, b, activation), dtype)
+    golden, yardstick = run(stock, torch.float64), run(stock, dtype)
+    if dtype == torch.float32:  # oneDNN adds along the whole row, torch in pieces
+        running = ACTIVATIONS[activation](running_sum(*tensors))
+        yardstick = (farther([yardstick[0], running], golden[0]), *yardstick[1:])
+    if actual[0].numel() == 0:
+        assert all(torch.equal(a, y) for a, y in zip(actual, yardstick, strict=True))
+        return
+    # where a sum rounds to the other side of 0, the gradient of ReLU is another; elsewhere it is the same maths
+    checks = zip(actual, golden, yardstick, ("y", "x", "weight", "bias"), strict=False)
+    for a, g, y, name in checks:
+        if name != "y" and activation == "relu":
+            assert (a.double() - g).norm() <= 2 * (y.double() - g).norm() + 1e-2 * g.norm(), name
+        elif name == "y":
+            assert_close(a, g, y, name)
+        else:
+            assert_gradient_close(a, g, y, name)
+    with torch.no_grad():
+        x, w, *b = tensors
+        assert_close(ours.linear(x, w, b[0] if b else None, activation), golden[0], yardstick[0], "without grad")
+
+
+def test_rows_need_not_be_contiguous(route):
+    x, w, grad = torch.randn(400, 130).t(), torch.randn(300, 400), torch.randn(300, 130).t()
+    a, b = (t.clone().requires_grad_() for t in (x, x))
+    torch.testing.assert_close(ours.linear(x, w, None), F.linear(x, w), rtol=1e-4, atol=1e-4)
+    ours.linear(a, w, None).backward(grad)
+    F.linear(b, w).backward(grad)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_results_may_be_modified_in_place(route):
+    x, w = torch.randn(2, 70, 256, requires_grad=True), torch.randn(256, 256)
+    y = ours.linear(x, w, None)
+    y += 1
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, w.sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
+def test_only_some_gradients_and_gradients_of_gradients(route):
+    x, w = torch.randn(200, 256), torch.randn(256, 256, requires_grad=True)
+    y = ours.linear(x, w, None, "relu").square().sum()
+    (g,) = torch.autograd.grad(y, w, create_graph=True)
+    (second,) = torch.autograd.grad(g.square().sum(), w)
+    z = F.relu(F.linear(x, w)).square().sum()
+    (h,) = torch.autograd.grad(z, w, create_graph=True)
+    (expected,) = torch.autograd.grad(h.square().sum(), w)
+    torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-2)
+    assert (second - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_what_is_no_plain_call_goes_to_torch(monkeypatch):
+    """Under autocast, tracing, transforms and for subclasses only torch knows what to do."""
+    monkeypatch.setattr(ours, "_onednn_dtypes", lambda: {torch.float32, torch.bfloat16})
+
+    class Tagged(torch.Tensor):
+        pass
+
+    x, w = torch.randn(256, 256), torch.randn(256, 256)
+    assert ours._is_for_onednn(x, w, None) == torch._C._get_mkldnn_enabled()
+    assert not ours._is_for_onednn(x.as_subclass(Tagged), w, None)
+    assert not ours._is_for_onednn(x, w.double(), None) and not ours._is_for_onednn(x, w[:, :9], None)
+    assert not ours._is_for_onednn(x[:2, :8], w[:, :8], None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.linear(x, w, None).dtype == torch.bfloat16
+    mapped = torch.func.vmap(lambda t: ours.linear(t, w, None))(x.view(2, 128, 256))
+    torch.testing.assert_close(mapped.view(256, 256), F.linear(x, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_dropout(dtype, with_residual):
+    p, dropout = 0.3, nn.Dropout(0.3)
+    x = (torch.rand(300, 200) + 1).to(dtype).requires_grad_()
+    residual = torch.zeros(300, 200, dtype=dtype, requires_grad=True) if with_residual else None
+    torch.manual_seed(2)
+    y = ours.add_dropout(x, dropout, residual)
+    kept = y != 0
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5
+    torch.testing.assert_close(y[kept], (x / (1 - p))[kept])
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.equal(g != 0, kept)
+    torch.testing.assert_close(g[kept], torch.full_like(g[kept], 1 / (1 - p)))
+    torch.manual_seed(2)
+    assert torch.equal(ours.add_dropout(x, dropout, residual), y)
+    assert not torch.equal(ours.add_dropout(x, dropout, residual), y)
+    if with_residual:
+        (g,) = torch.autograd.grad(ours.add_dropout(x, dropout, residual).sum(), residual)
+        assert g.eq(1).all()
+    assert ours.add_dropout(x, nn.Dropout(1.0)).eq(0).all()
+    x = x.detach().requires_grad_()
+    same = ours.add_dropout(x, nn.Dropout(0.3).eval(), residual)
+    torch.testing.assert_close(same, x if residual is None else x + residual)
+
+
+def test_dropout_where_torchs_is_used():
+    x, dropout = torch.ones(20, 30), nn.Dropout(0.5)
+    seen = []
+    dropout.register_forward_hook(lambda m, args, out: seen.append(out))
+    assert ours.add_dropout(x, dropout) is seen[0]
+    y = ours.add_dropout(x.t(), nn.Dropout(0.5), torch.ones(30, 20))
+    assert set(y.unique().tolist()) == {1.0, 3.0}
+    assert set(ours.add_dropout(x.half(), nn.Dropout(0.5), x).unique().tolist()) == {1.0, 3.0}
