@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from tformer_ext.bench import accuracy, attention, bars, ceilings, files, harness, norms, small
+from tformer_ext.bench import accuracy, attention, bars, ceilings, files, harness, modules, norms, small
 from tformer_ext.bench.job import COPY, OURS, Floor, Job
 from tformer_ext.bench.record import Record, best_peer, by_case
 from tformer_ext.commands import bench
@@ -129,6 +129,25 @@ def test_contenders_of_norms_do_the_same_job(direction, rms):
     *made, copy = norms.make_contenders(problem, torch.float32, direction, harness.Options())
     assert copy.name == COPY and 2 * copy.call().nbytes == problem.floor(direction, 4).bytes
     contenders_agree(made, 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["training", "eval"])
+@pytest.mark.parametrize("form", [{}, {"padding": 0.5}, {"causal": True}, {"norm_first": True}, {"activation": "gelu"}])
+def test_contenders_of_modules_do_the_same_job(form, mode):
+    problem = modules.Problem(2, 20, 16, 2, 32, **form)
+    made = modules.make_contenders(problem, torch.float32, mode, harness.Options(), dropout=0.0)
+    assert [c.name for c in made] == [OURS, modules.STOCK]
+    contenders_agree(made, 1e-3)
+
+
+def test_bars_of_modules():
+    layer = {"group": "modules", "tags": "modules", "direction": "training"}
+    records = [record("a", **layer), record("a", modules.STOCK, 130.0, **layer)]
+    records += [record("b", **layer), record("b", modules.STOCK, 110.0, **layer)]
+    found = verdicts(records)
+    bar = found["TransformerEncoderLayer training over torch.nn, float32"]
+    assert bar.measured == pytest.approx((1.3 * 1.1) ** 0.5) and bar.holds is False and "lowest 1.10" in bar.detail
+    assert found["TransformerEncoderLayer eval over torch.nn, float32"].holds is None
 
 
 def test_csv_keeps_everything(tmp_path):
@@ -257,5 +276,5 @@ def test_a_filter_that_matches_nothing_is_an_error(capsys, tmp_path):
 
 
 def test_names_of_jobs_are_unique():
-    jobs = [*attention.jobs(), *norms.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
+    jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
     assert len({job.name for job in jobs}) == len(jobs) > 150

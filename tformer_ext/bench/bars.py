@@ -7,6 +7,7 @@ from statistics import geometric_mean, median
 
 from .attention import SDPA
 from .job import OURS
+from .modules import STOCK
 from .norms import EAGER
 from .record import Record, best_peer, by_case
 
@@ -48,6 +49,10 @@ def bars(records: Iterable[Record], native_bf16: bool) -> list[Bar]:
     for direction, least in (("forward", 5.0), ("backward", 1.5)):
         name = f"residual + dropout + LayerNorm {direction} over eager"
         found.append(_mean_ratio(name, cases, least, EAGER, lambda r, d=direction: _is_dropout_norm(r, d)))
+    for mode, least in (("training", 1.25), ("eval", 1.1)):
+        for dtype in ("float32", "bfloat16"):
+            name = f"TransformerEncoderLayer {mode} over torch.nn, {dtype}"
+            found.append(_mean_ratio(name, cases, least, STOCK, _layers(mode, dtype)))
     for operation in ("attention", "layer_norm"):
         found.append(_overhead(cases, operation))
     found += [_memory(cases), _scaling(cases)]
@@ -56,6 +61,10 @@ def bars(records: Iterable[Record], native_bf16: bool) -> list[Bar]:
 
 def _grid(direction: str) -> Callable[[Record], bool]:
     return lambda r: r.has("grid") and r.direction == direction
+
+
+def _layers(mode: str, dtype: str) -> Callable[[Record], bool]:
+    return lambda r: r.group == "modules" and r.direction == mode and r.dtype == dtype
 
 
 def _is_dropout_norm(r: Record, direction: str) -> bool:
@@ -81,7 +90,8 @@ def _label(r: Record) -> str:
 def _mean_ratio(name: str, cases: Cases, least: float, peer: str, wanted: Callable[[Record], bool]) -> Bar:
     ratios = [c[peer].ratio_to_ours for c in cases.values() if OURS in c and peer in c and wanted(c[OURS])]
     value = geometric_mean(ratios) if ratios else None
-    return _at_least(name, value, least, " x", f"geometric mean of {len(ratios)} cases")
+    lowest = f", lowest {min(ratios):.2f}" if ratios else ""
+    return _at_least(name, value, least, " x", f"geometric mean of {len(ratios)} cases{lowest}")
 
 
 def _worst_ratio(cases: Cases) -> Bar:

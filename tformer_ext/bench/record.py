@@ -11,7 +11,7 @@ class Record:
     group: str
     case: str
     dtype: str
-    direction: str  # forward or backward
+    direction: str  # forward or backward; of a module training (both) or eval
     contender: str
     is_peer: bool  # does the same job as ours
     tags: str  # words separated by spaces: what the bars choose by
