@@ -8,7 +8,8 @@ model.set_attn_implementation("tformer_ext")
 
 import torch
 
-from . import functional as F
+from .. import functional as F
+from .masks import PositionMask, attention_mask
 
 NAME = "tformer_ext"
 
@@ -62,33 +63,34 @@ def attention_forward(
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, one for all
         query = query.expand(key.shape[0], -1, -1, -1)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # one query is the newest and sees all; a mask says itself what is causal
-    causal = bool(is_causal) and attention_mask is None and L > 1
-    window = None
-    if sliding_window is not None and attention_mask is None and is_causal:
-        window = (int(sliding_window) - 1, 0)
-    mask = bias = None
-    if attention_mask is not None:
+    options = {"bias": position_bias}
+    if isinstance(attention_mask, PositionMask):
+        if attention_mask.options is not None and attention_mask.shape == (query.shape[0], 1, L, S):
+            options |= attention_mask.options
+            S = attention_mask.keys
+        else:
+            options["mask"] = attention_mask.elements()[..., :S]
+    elif attention_mask is not None:
         attention_mask = attention_mask[..., :S]
         if attention_mask.dtype == torch.bool:
-            mask = attention_mask
+            options["mask"] = attention_mask
         else:
-            bias = attention_mask
-    if position_bias is not None:
-        position_bias = position_bias[..., :S]
-        bias = position_bias if bias is None else bias + position_bias
+            options["bias"] = attention_mask if position_bias is None else attention_mask + position_bias[..., :S]
+    elif is_causal and L > 1:  # one query is the newest and sees all
+        options["causal"] = "upper_left"
+    if attention_mask is None and is_causal and sliding_window is not None:
+        options["window"] = (int(sliding_window) - 1, 0)
+    if options["bias"] is not None:
+        options["bias"] = options["bias"][..., :S]
     out = F.attention(
         query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        causal="upper_left" if causal else False,
-        window=window,
+        key[:, :, :S],
+        value[:, :, :S],
         sinks=s_aux,
         scale=scaling,
         softcap=0.0 if softcap is None else float(softcap),
         dropout_p=float(dropout or 0.0),
+        **options,
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -105,13 +107,3 @@ def _refuse_unknown(kwargs):
             raise NotImplementedError("cache: paged caches (continuous batching) are not supported by tformer_ext")
         if isinstance(value, torch.Tensor) or name.startswith(("cu_seq", "max_length", "max_seq", "block_")):
             raise NotImplementedError(f"{name}: tformer_ext does not know this argument and will not ignore it")
-
-
-def attention_mask(*args, **kwargs):
-    """transformers' mask function: bool, True = attend, or None where position alone decides.
-
-    A padding mask stays broadcast over the queries in memory, so that the kernels see at once which key blocks to skip.
-    """
-    from transformers.masking_utils import sdpa_mask
-
-    return sdpa_mask(*args, **kwargs)
