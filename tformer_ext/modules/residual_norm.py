@@ -117,8 +117,9 @@ def is_plain(module, kind):
 def add_norm(x, dropout, residual, norm, keep=False):
     """norm(residual + dropout(x)); with keep also the sum.
 
-    One operation where norm is torch's LayerNorm or RMSNorm of the last dimension and dropout torch's Dropout; any
-    other module is called, so that hooks and replacements take effect. dropout and residual may be None.
+    One operation where norm is torch's LayerNorm or RMSNorm of the last dimension (or ours in its place) and dropout
+    torch's Dropout; any other module is called, so that hooks and replacements take effect. dropout and residual may
+    be None.
     """
     dropout_p = 0.0
     if dropout is not None:
@@ -126,19 +127,29 @@ def add_norm(x, dropout, residual, norm, keep=False):
             dropout_p = dropout.p if dropout.training else 0.0
         else:
             x = dropout(x)
-    kind = type(norm)
-    if kind not in (nn.LayerNorm, nn.RMSNorm) or not is_plain(norm, kind) or len(norm.normalized_shape) != 1:
+    if not _norms_last_dimension(norm):
         x = nn.functional.dropout(x, dropout_p) if dropout_p else x
         x = x if residual is None else residual + x
         return (norm(x), x) if keep else norm(x)
     if residual is not None and residual.dtype != x.dtype:  # autocast: torch adds in the wider type
         wide = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wide), residual.to(wide)
-    if kind is nn.LayerNorm:
+    if isinstance(norm, nn.LayerNorm):
         function, bias, eps = F.residual_layer_norm, norm.bias, norm.eps
     else:
         function, bias, eps = F.residual_rms_norm, None, rms_eps(norm.eps, x.dtype)
     return function(x, residual, norm.weight, bias, eps=eps, dropout_p=dropout_p, return_residual=keep)
+
+
+def _norms_last_dimension(norm):
+    """Whether norm is a LayerNorm or RMSNorm, torch's or ours without options, that normalises one dimension."""
+    kind = type(norm)
+    if kind in (ResidualLayerNorm, ResidualRMSNorm):
+        if norm.dropout or norm.return_residual or norm.residual_dtype is not None:
+            return False
+    elif kind not in (nn.LayerNorm, nn.RMSNorm):
+        return False
+    return is_plain(norm, kind) and len(norm.normalized_shape) == 1
 
 
 def rms_eps(eps, dtype):
