@@ -26,12 +26,14 @@ from .modules import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from .replacement import Report, replace_modules, restore_modules
 
 __version__ = _C.build_info()["version"]
 
 __all__ = [
     "KeyValueCache",
     "MultiheadAttention",
+    "Report",
     "ResidualLayerNorm",
     "ResidualRMSNorm",
     "RotaryEmbedding",
@@ -47,6 +49,8 @@ __all__ = [
     "memory",
     "modules",
     "reference",
+    "replace_modules",
+    "restore_modules",
 ]
 
 

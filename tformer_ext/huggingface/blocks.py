@@ -1,0 +1,201 @@
+"""Norms and residual blocks of transformers' models on the fused operations.
+
+Each is a subclass that has nothing but a forward: an object of the stock class becomes one by its __class__ alone, so
+that parameters, hooks and flags stay what and where they are. It keeps the stock class's name, by which transformers
+and accelerate find layers. Which classes of transformers compute the same is said in FORMS.
+"""
+
+import importlib
+import inspect
+
+import torch
+
+from .. import functional as F
+from ..modules import residual_norm
+from ..modules.residual_norm import is_plain
+
+
+class RMSNorm:
+    """weight * (x / rms(x)), in the wider type of the two. weight: (N,)."""
+
+    def result_dtype(self, x):
+        return torch.promote_types(self.weight.dtype, x.dtype)
+
+    def operands(self):
+        return self.weight, self.variance_epsilon
+
+    def forward(self, hidden_states):
+        return self.of_sum(hidden_states, None)
+
+    def of_sum(self, x, residual, keep=False):
+        """The norm of residual + x, and with keep the sum too; in one operation if all types are the same."""
+        dtype = self.result_dtype(x)
+        weight, eps = self.operands()
+        if residual is not None and x.dtype == residual.dtype == dtype and x.shape == residual.shape:
+            return F.residual_rms_norm(x, residual, weight, eps=eps, return_residual=keep)
+        x = x if residual is None else residual + x
+        y = F.residual_rms_norm(x.to(torch.promote_types(x.dtype, dtype)), None, weight, eps=eps).to(dtype)
+        return (y, x) if keep else y
+
+
+class RMSNormInDtypeOfInput(RMSNorm):
+    """RMSNorm whose result has the type of x (GPT-OSS, OLMo 2)."""
+
+    def result_dtype(self, x):
+        return x.dtype
+
+
+class RMSNormAroundOne(RMSNormInDtypeOfInput):
+    """(1 + weight) * (x / rms(x)), in the type of x (Gemma)."""
+
+    def operands(self):
+        return 1.0 + self.weight.float(), self.eps
+
+
+class RMSNormInDtypeOfWeight(RMSNorm):
+    """RMSNorm whose result has the type of a 16-bit weight, else float32 or wider (T5)."""
+
+    def result_dtype(self, x):
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            return self.weight.dtype
+        return torch.promote_types(torch.promote_types(x.dtype, torch.float32), self.weight.dtype)
+
+
+def add_norm(x, dropout, residual, norm, keep=False):
+    """norm(residual + dropout(x)), with keep also the sum; as tformer_ext.modules.residual_norm.add_norm."""
+    if isinstance(norm, RMSNorm) and is_plain(norm, type(norm)):
+        return norm.of_sum(x if dropout is None else dropout(x), residual, keep)
+    return residual_norm.add_norm(x, dropout, residual, norm, keep)
+
+
+class Block:
+    """A block whose forward calls the stock one's submodules in its order; hooks on all of them are called."""
+
+    @staticmethod
+    def why_not(module):
+        """Why this object of the stock class would gain nothing, or None."""
+
+    def by_name(self, args, kwargs):
+        """The arguments after hidden_states by their names in the stock forward."""
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
+
+class PostNormOutput(Block):
+    """LayerNorm(dropout(dense(x)) + input): BERT's BertSelfOutput and BertOutput."""
+
+    def forward(self, hidden_states, input_tensor):
+        return add_norm(self.dense(hidden_states), self.dropout, input_tensor, self.LayerNorm)
+
+
+class DistilBertBlock(Block):
+    """Attention and feed-forward, each followed by the sum and its norm."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        attended, _ = self.attention(hidden_states, **self.by_name(args, kwargs))
+        x = add_norm(attended, None, hidden_states, self.sa_layer_norm)
+        return add_norm(self.ffn(x), None, x, self.output_layer_norm)
+
+
+class LlamaPreNorm(Block):
+    """Pre-norm attention and feed-forward; the first sum and the second norm are one operation."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        options = {"attention_mask": None} | self.by_name(args, kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)
+        y, x = add_norm(attended, None, hidden_states, self.post_attention_layernorm, keep=True)
+        return x + self.mlp(y)
+
+
+class GPT2PreNorm(Block):
+    def forward(self, hidden_states, *args, **kwargs):
+        options = self.by_name(args, kwargs)
+        if options.get("encoder_hidden_states") is not None:
+            return super().forward(hidden_states, *args, **kwargs)
+        for name in ("encoder_hidden_states", "encoder_attention_mask"):
+            options.pop(name, None)
+        attended, _ = self.attn(self.ln_1(hidden_states), **options)
+        y, x = add_norm(attended, None, hidden_states, self.ln_2, keep=True)
+        return x + self.mlp(y)
+
+
+class OPTPreNorm(Block):
+    @staticmethod
+    def why_not(module):
+        return None if module.do_layer_norm_before else "it normalises after the sum (do_layer_norm_before=False)"
+
+    def forward(self, hidden_states, *args, **kwargs):
+        options = {"attention_mask": None} | self.by_name(args, kwargs)
+        options.pop("use_cache", None)
+        attended, _ = self.self_attn(hidden_states=self.self_attn_layer_norm(hidden_states), **options)
+        dropout = torch.nn.Dropout(self.dropout).train(self.training)
+        flat = [t.reshape(-1, t.shape[-1]) for t in (attended, hidden_states)]
+        y, x = add_norm(flat[0], dropout, flat[1], self.final_layer_norm, keep=True)
+        return (x + dropout(self.fc2(self.activation_fn(self.fc1(y))))).view(hidden_states.shape)
+
+
+class GPTNeoXPreNorm(Block):
+    @staticmethod
+    def why_not(module):
+        return "its residual is parallel: no sum is followed by a norm" if module.use_parallel_residual else None
+
+    def forward(self, hidden_states, *args, **kwargs):
+        options = {"attention_mask": None} | self.by_name(args, kwargs)
+        attended, _ = self.attention(self.input_layernorm(hidden_states), **options)
+        y, x = add_norm(attended, self.post_attention_dropout, hidden_states, self.post_attention_layernorm, keep=True)
+        return self.post_mlp_dropout(self.mlp(y)) + x
+
+
+# form -> "folder.Class ..." of transformers.models
+FORMS = {
+    PostNormOutput: """
+        bert.BertSelfOutput bert.BertOutput roberta.RobertaSelfOutput roberta.RobertaOutput
+        xlm_roberta.XLMRobertaSelfOutput xlm_roberta.XLMRobertaOutput camembert.CamembertSelfOutput
+        camembert.CamembertOutput electra.ElectraSelfOutput electra.ElectraOutput ernie.ErnieSelfOutput
+        ernie.ErnieOutput deberta.DebertaSelfOutput deberta.DebertaOutput deberta_v2.DebertaV2SelfOutput
+        deberta_v2.DebertaV2Output layoutlm.LayoutLMSelfOutput layoutlm.LayoutLMOutput
+        layoutlmv3.LayoutLMv3SelfOutput layoutlmv3.LayoutLMv3Output longformer.LongformerSelfOutput
+        longformer.LongformerOutput mpnet.MPNetOutput roformer.RoFormerSelfOutput roformer.RoFormerOutput
+        """,
+    DistilBertBlock: "distilbert.TransformerBlock",
+    RMSNorm: """
+        llama.LlamaRMSNorm mistral.MistralRMSNorm mixtral.MixtralRMSNorm qwen2.Qwen2RMSNorm
+        qwen2_moe.Qwen2MoeRMSNorm qwen3.Qwen3RMSNorm qwen3_moe.Qwen3MoeRMSNorm phi3.Phi3RMSNorm
+        granite.GraniteRMSNorm smollm3.SmolLM3RMSNorm deepseek_v3.DeepseekV3RMSNorm olmoe.OlmoeRMSNorm
+        """,
+    RMSNormInDtypeOfInput: "gpt_oss.GptOssRMSNorm olmo2.Olmo2RMSNorm olmo3.Olmo3RMSNorm",
+    RMSNormAroundOne: "gemma.GemmaRMSNorm gemma2.Gemma2RMSNorm gemma3.Gemma3RMSNorm qwen3_next.Qwen3NextRMSNorm",
+    RMSNormInDtypeOfWeight: "t5.T5LayerNorm mt5.MT5LayerNorm umt5.UMT5LayerNorm longt5.LongT5LayerNorm",
+    LlamaPreNorm: """
+        llama.LlamaDecoderLayer mistral.MistralDecoderLayer qwen2.Qwen2DecoderLayer qwen2_moe.Qwen2MoeDecoderLayer
+        qwen3.Qwen3DecoderLayer qwen3_moe.Qwen3MoeDecoderLayer smollm3.SmolLM3DecoderLayer gemma.GemmaDecoderLayer
+        olmo.OlmoDecoderLayer starcoder2.Starcoder2DecoderLayer
+        """,
+    GPT2PreNorm: "gpt2.GPT2Block",
+    OPTPreNorm: "opt.OPTDecoderLayer",
+    GPTNeoXPreNorm: "gpt_neox.GPTNeoXLayer",
+}
+_FORM_OF = {name: form for form, names in FORMS.items() for name in names.split()}
+_made = {}
+
+
+def fused_class(stock):
+    """The fused subclass of a class of transformers, or None where none is known."""
+    parts = stock.__module__.split(".")
+    if parts[:2] != ["transformers", "models"] or parts[3:] != [f"modeling_{parts[2]}"]:
+        return None
+    form = _FORM_OF.get(f"{parts[2]}.{stock.__name__}")
+    if form is not None and stock not in _made:
+        body = {"__module__": __name__, "__qualname__": stock.__name__, "__doc__": form.__doc__}
+        body["names"] = tuple(inspect.signature(stock.forward).parameters)[2:]
+        _made[stock] = type(stock.__name__, (form, stock), body)
+    return _made.get(stock)
+
+
+def __getattr__(name):
+    """Fused classes by their names, for pickle."""
+    for known in _FORM_OF:
+        folder, _, of_class = known.partition(".")
+        if of_class == name:
+            module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+            return fused_class(getattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
