@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from . import functional, memory, modules, reference
-from .explain import explain
+from .explain import explain, explain_calls
 from .modules import (
     KeyValueCache,
     MultiheadAttention,
@@ -44,6 +44,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "__version__",
     "explain",
+    "explain_calls",
     "functional",
     "huggingface",
     "memory",

@@ -1,11 +1,13 @@
 """Which kernel a call takes, and why not a faster one."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from . import _C
+from . import _C, functional
 from . import arguments as check
+from .advice import operand_notes
 from .functional import attention
 
 
@@ -14,7 +16,7 @@ class Explanation:
     """How tformer_ext.functional.attention runs a call. str() gives it as text.
 
     backend: "cpu". isa: the instruction set of the kernels. product: how products are computed. vector_bytes: width of
-    a vector register. notes: what costs time and could be avoided, in words.
+    a vector register. notes: what costs time and could be avoided, in words. call: shapes and options.
     """
 
     backend: str
@@ -22,9 +24,10 @@ class Explanation:
     product: str
     vector_bytes: int
     notes: tuple[str, ...]
+    call: str = ""
 
     def __str__(self):
-        lines = [f"{self.backend} kernels for {self.isa}: {self.product}, {self.vector_bytes}-byte vectors"]
+        lines = [self.call, f"{self.backend} kernels for {self.isa}: {self.product}, {self.vector_bytes}-byte vectors"]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
@@ -69,4 +72,36 @@ def explain(query, key, value, **options):
     if bias is not None and bias.requires_grad:
         notes.append("the bias wants a gradient: where batches or heads share it, backward computes scores twice")
     notes.append("a second derivative runs through the reference in PyTorch operations")
-    return Explanation("cpu", isa, product, _C.vector_bytes(), tuple(notes))
+    notes += operand_notes(query, key, value, options)
+    return Explanation("cpu", isa, product, _C.vector_bytes(), tuple(notes), _describe(query, key, value, options))
+
+
+def _describe(query, key, value, options):
+    """The call in one line."""
+    shown = {"query": query, "key": key, "value": value, **options}
+    told = [
+        f"{name} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"{name}={t!r}"
+        for name, t in shown.items()
+        if t is not None and t is not False
+    ]
+    return f"attention of {query.dtype}: {', '.join(told)}".replace("torch.", "")
+
+
+@contextmanager
+def explain_calls():
+    """Explains the calls of functional.attention that models and modules make within a `with` block.
+
+    Yields a list that gets an Explanation for each call, as explain gives it; the calls run as ever. Not for
+    torch.compile, in which calls are not made one by one.
+    """
+    explained, before = [], functional.attention
+
+    def watched(query, key, value, **options):
+        explained.append(explain(query, key, value, **{k: v for k, v in options.items() if k != "return_lse"}))
+        return before(query, key, value, **options)
+
+    functional.attention = watched
+    try:
+        yield explained
+    finally:
+        functional.attention = before
