@@ -148,6 +148,7 @@ def test_single_queries_have_ordinary_masks(length, side):
     assert type(mask) is (PositionMask if side and length > 1 else torch.Tensor if side else type(None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, family", [("Bert", ENCODERS), ("Mistral", DECODERS)])
 def test_compiled_as_a_whole(name, family):
     model, batch = build(name, *family[name], "tformer_ext"), tokens("left")
@@ -164,6 +165,7 @@ def test_compiled_as_a_whole(name, family):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.slow
 def test_compiled_by_the_layer():
     """The mask, made outside, is an argument of what is compiled."""
     model, batch = build("Mistral", *DECODERS["Mistral"], "tformer_ext"), tokens("left")

@@ -269,6 +269,7 @@ def test_copies(how):
         torch.testing.assert_close(copied(IDS, PADDING)[~PADDING], expected[~PADDING], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_afterwards():
     model = Model().eval()
     tx.replace_modules(model)

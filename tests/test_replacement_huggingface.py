@@ -263,6 +263,7 @@ def test_deepcopy():
     torch.testing.assert_close(copied(**batch).logits, stock("Llama")(**batch).logits)
 
 
+@pytest.mark.slow
 def test_loaded_in_another_process(tmp_path):
     """Nothing has to be registered before."""
     model = stock("Llama")
@@ -298,6 +299,7 @@ def test_activation_checkpointing():
     assert len(recomputed) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Bert", "Llama"])
 def test_compile_afterwards(name):
     model, batch = stock(name), tokens("right")
