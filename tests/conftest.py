@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import Ranks
 
 import tformer_ext
 from tformer_ext import _C
@@ -27,6 +28,21 @@ def threads():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks2():
+    """Two processes in a process group; see ranks.py."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def ranks4():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
 
 
 def pytest_report_header():

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..arguments import check_qkv
-from .recording import call, call_backward, needs_function
+from .recording import call, call_backward, is_dtensor, needs_function
 
 _forward = torch.ops.tformer_ext._attention_forward.default
 _backward = torch.ops.tformer_ext._attention_backward.default
@@ -21,6 +21,10 @@ _ROWS = 128
 
 def attention(*operands):
     """(out, lse) of the operands; without a gradient to record straight to the operator."""
+    if is_dtensor(operands[0]):
+        from ..distributed.dtensor import place_attention
+
+        operands = place_attention(operands)
     return call(Attention, *operands) if needs_function(*operands[:7]) else _forward(*operands)
 
 
@@ -40,7 +44,7 @@ def _accumulator_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _empty_in_order_of(like, sizes):
+def empty_in_order_of(like, sizes):
     """The memory order of `like`: dimensions 0 to 2 by falling stride, the last innermost."""
     order = sorted(range(3), key=lambda d: -like.stride(d))
     return torch.empty_permuted(sizes, (*order, 3), dtype=like.dtype, device=like.device)
@@ -50,7 +54,7 @@ def _empty_in_order_of(like, sizes):
 def _(query, key, value, *_):
     check_qkv(query, key, value)
     B, Hq, Sq, _D = query.shape
-    out = _empty_in_order_of(query, (B, Hq, Sq, value.shape[3]))
+    out = empty_in_order_of(query, (B, Hq, Sq, value.shape[3]))
     return out, query.new_empty((B, Hq, Sq), dtype=_accumulator_dtype(query.dtype))
 
 
@@ -61,7 +65,7 @@ def _(grad_out, grad_lse, query, key, value, out, lse, bias, mask, alibi_slopes,
     if grad_bias is None:
         grad_bias = query.new_empty(0, dtype=query.dtype if bias is None else bias.dtype)
     grad_sinks = query.new_empty(0, dtype=torch.float32) if sinks is None else torch.empty_like(sinks)
-    grads = [_empty_in_order_of(t, t.shape) for t in (query, key, value)]
+    grads = [empty_in_order_of(t, t.shape) for t in (query, key, value)]
     return (*grads, grad_bias, grad_sinks)
 
 

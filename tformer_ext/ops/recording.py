@@ -1,6 +1,16 @@
 """How an autograd Function is called: not at all where nothing is recorded, and without detours elsewhere."""
 
+import sys
+
 import torch
+
+
+def is_dtensor(t):
+    """Whether t is a DTensor, without the import of torch.distributed.tensor, which takes long."""
+    if type(t) is torch.Tensor or t is None:
+        return False
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(t, tensor.DTensor)
 
 
 def needs_function(*tensors):

@@ -7,7 +7,7 @@ from ..arguments import check_norm
 from ..reference import norm_dropout_mask
 from ..reference.philox import keep_scale
 from ..reference.residual_norm import normalize
-from .recording import call, call_backward, needs_function
+from .recording import call, call_backward, is_dtensor, needs_function
 
 _forward = torch.ops.tformer_ext._residual_norm_forward.default
 _inference = torch.ops.tformer_ext._residual_norm_inference.default
@@ -16,6 +16,10 @@ _backward = torch.ops.tformer_ext._residual_norm_backward.default
 
 def residual_norm(x, residual, weight, bias, seed, eps, dropout_p, rms, want_sum, sum_dtype):
     """(y, sum) of x (..., N); sum is None unless want_sum."""
+    if is_dtensor(x) or is_dtensor(residual):
+        from ..distributed.dtensor import place_norm
+
+        x, residual, weight, bias, seed = place_norm(x, residual, weight, bias, seed)
     tensors = (x, residual, weight, bias)
     if needs_function(*tensors):
         # without residual and dropout, and in x's dtype, the sum is x itself and need not be saved again
@@ -34,7 +38,7 @@ def plain_norm(x, residual, weight, bias, eps, rms):
         return None
 
 
-def _apart(dropout_p, x_dtype, residual_dtype):
+def gradients_apart(dropout_p, x_dtype, residual_dtype):
     """Whether the gradient of the residual differs from that of x."""
     return residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
 
@@ -67,7 +71,7 @@ def _(x, residual, weight, bias, *_):
 @torch.library.register_fake("tformer_ext::_residual_norm_backward")
 def _(grad_y, grad_sum, total, mean, rstd, weight, seed, dropout_p, rms, x_dtype, residual_dtype, bias_dtype):
     N = grad_y.shape[-1]
-    apart = _apart(dropout_p, x_dtype, residual_dtype)
+    apart = gradients_apart(dropout_p, x_dtype, residual_dtype)
     nothing = grad_y.new_empty(0, dtype=x_dtype)
     return (
         grad_y.new_empty(grad_y.shape, dtype=x_dtype),
@@ -111,7 +115,7 @@ class ResidualNorm(torch.autograd.Function):
         )  # fmt: skip
         if ctx.residual_dtype is None:
             grad_residual = None
-        elif not _apart(ctx.numbers[1], ctx.x_dtype, ctx.residual_dtype):
+        elif not gradients_apart(ctx.numbers[1], ctx.x_dtype, ctx.residual_dtype):
             grad_residual = grad_x
         grad_weight = None if weight is None else grad_weight
         return grad_x, grad_residual, grad_weight, grad_bias if ctx.bias_dtype else None, *(None,) * 6
@@ -182,7 +186,7 @@ class ResidualNormBackward(torch.autograd.Function):
             dh, *dw = torch.autograd.grad(y, wanted, gy.to(wide), create_graph=True)
             if gs is not None:
                 dh = dh + gs.to(wide)
-            pairs = [(grad_grad_residual, dh)] if _apart(dropout_p, x_dtype, residual_dtype) else []
+            pairs = [(grad_grad_residual, dh)] if gradients_apart(dropout_p, x_dtype, residual_dtype) else []
             if dropout_p > 0:
                 kept = norm_dropout_mask(seed, *h.shape, dropout_p, device=h.device)
                 dh = dh * (kept.to(wide) * keep_scale(dropout_p))

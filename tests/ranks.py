@@ -1,0 +1,107 @@
+"""Real process groups (gloo) for tests: processes that stay up between tests, because starting them takes seconds.
+
+def work(rank, world, scale): ...            # at the top of a test file, run by every rank
+
+def test_work(ranks2):
+    results = ranks2.run(work, 3.0)          # one result per rank; an error on any rank is raised here
+"""
+
+import contextlib
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from multiprocessing import connection, get_context
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 60.0
+
+
+@contextlib.contextmanager
+def raises(error, message):
+    """As pytest.raises, for code that the ranks run: the message is one of the text's parts."""
+    try:
+        yield
+    except error as raised:
+        assert message in str(raised), f"expected {message!r} in {raised!r}"
+    else:
+        raise AssertionError(f"{error.__name__} was not raised: {message}")
+
+
+def _serve(rank, world, folder, pipe):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+    )
+    while (job := pipe.recv()) is not None:
+        function, arguments = job
+        torch.manual_seed(0)
+        try:
+            pipe.send((True, function(rank, world, *arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """`world` processes in one process group, started by the first run and again after an error."""
+
+    def __init__(self, world):
+        self.world = world
+        self.processes = []
+
+    def _start(self):
+        context = get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            self.pipes = []
+            for rank in range(self.world):
+                ours, theirs = context.Pipe()
+                arguments = (rank, self.world, self.folder.name, theirs)
+                process = context.Process(target=_serve, args=arguments, daemon=True)
+                process.start()
+                self.processes.append(process)
+                self.pipes.append(ours)
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+
+    def run(self, function, *arguments):
+        """[function(rank, world, *arguments) of each rank]"""
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        results, waiting = [None] * self.world, set(range(self.world))
+        while waiting:
+            ready = connection.wait([self.pipes[r] for r in waiting], TIMEOUT)
+            if not ready:
+                self.stop()
+                raise TimeoutError(f"{function.__name__}: no answer from ranks {sorted(waiting)} in {TIMEOUT} s")
+            for rank in [r for r in waiting if self.pipes[r] in ready]:
+                try:
+                    fine, results[rank] = self.pipes[rank].recv()
+                except EOFError:
+                    fine, results[rank] = False, "the process died"
+                waiting.discard(rank)
+                if not fine:
+                    self.stop()
+                    raise AssertionError(f"{function.__name__}: rank {rank} of {self.world}:\n{results[rank]}")
+        return results
+
+    def stop(self):
+        """Ends the processes: at once, because after an error on one rank the others may wait for it for ever."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        if self.processes:
+            self.folder.cleanup()
+        self.processes = []
