@@ -43,6 +43,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "__version__",
+    "distributed",
     "explain",
     "explain_calls",
     "functional",
@@ -56,8 +57,8 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name == "huggingface":  # imports transformers only when asked for
+    if name in ("distributed", "huggingface"):  # imports torch.distributed, transformers only when asked for
         import importlib
 
-        return importlib.import_module(f"{__name__}.huggingface")
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,16 +20,10 @@ def place_attention(operands):
     """The operands of ops.attention (the query is a DTensor) as the strategies below take them."""
     query, key, value, *others = operands[:11]
     mesh, seed = query.device_mesh, others.pop()
-    for name, t in (("query", query), ("key", key), ("value", value)):
+    for name, t in (("key", key), ("value", value)):
         if not isinstance(t, DTensor):
             raise TypeError(f"{name}: expected a DTensor as query is, got {type(t).__name__}")
-        _check_placements(name, t.placements, (0, 1))
-    placements = _common_placements(mesh, (query, key, value))
-    if not _heads_fit(mesh, placements, query, key):
-        raise ValueError(
-            f"key: expected a number of heads that {_shards(mesh, placements, 1)} ranks share evenly, so that grouped "
-            f"query heads stay with their key head, got {key.shape[1]}"
-        )
+    placements = _check_attention(mesh, query, key, value)
     others = [_as_dtensor(t, mesh) for t in others]
     if seed is not None:
         query, key, value = (t.redistribute(mesh, placements) for t in (query, key, value))
@@ -43,11 +37,8 @@ def place_norm(x, residual, weight, bias, seed):
         raise TypeError(f"x: expected a DTensor as residual is, got {type(x).__name__}")
     mesh = x.device_mesh
     residual, weight, bias = (_as_dtensor(t, mesh) for t in (residual, weight, bias))
-    tensors = [("x", x)] if residual is None else [("x", x), ("residual", residual)]
-    for name, t in tensors:
-        _check_placements(name, t.placements, range(x.dim() - 1))
+    placements = _check_norm(mesh, x, residual)
     if seed is not None:
-        placements = _common_placements(mesh, [t for _, t in tensors])
         x, residual = (None if t is None else t.redistribute(mesh, placements) for t in (x, residual))
         seed = _seeds(seed, mesh, placements)
     return x, residual, weight, bias, seed
@@ -63,6 +54,27 @@ def _as_dtensor(t, mesh):
 def _check_placements(name, placements, dims):
     if not all(p.is_replicate() or p.is_partial() or (type(p) is Shard and p.dim in dims) for p in placements):
         raise ValueError(f"{name}: expected a DTensor sharded along dimensions {tuple(dims)} only, got {placements}")
+
+
+def _check_attention(mesh, query, key, value):
+    """Raises unless query, key and value (DTensors or their specs) can be cut as they are; returns how."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        _check_placements(name, t.placements, (0, 1))
+    placements = _common_placements(mesh, (query, key, value))
+    if not _heads_fit(mesh, placements, query, key):
+        raise ValueError(
+            f"key: expected a number of heads that {_shards(mesh, placements, 1)} ranks share evenly, so that grouped "
+            f"query heads stay with their key head, got {key.shape[1]}"
+        )
+    return placements
+
+
+def _check_norm(mesh, x, residual):
+    """The same for the rows of a norm."""
+    tensors = {"x": x} if residual is None else {"x": x, "residual": residual}
+    for name, t in tensors.items():
+        _check_placements(name, t.placements, range(t.ndim - 1))
+    return _common_placements(mesh, tensors.values())
 
 
 def _common_placements(mesh, tensors):
@@ -106,7 +118,7 @@ def _shard_if(condition, dim):
 
 
 def _seed_placement(seed):
-    return _shard_if(seed is not None and seed.numel() > 1, 0)
+    return _shard_if(seed is not None and seed.shape.numel() > 1, 0)
 
 
 def _attention_extras(cut, bias, mask, alibi_slopes, sinks, *rest):
@@ -164,12 +176,12 @@ def _norm_cuts(_seed, args):
     return range(args[0].ndim - 1)
 
 
-def _register(op, rule, cuts, first, seed, whole=()):
+def _register(op, rule, cuts, first, seed, check=None):
     """Tells DTensor all ways to run the operator on shards: each dimension of the mesh whole or cut by the rule.
 
     first, seed: positions of the first tensor (query, or the rows of a norm) and of the dropout seed. With a seed the
-    first tensor stays as it is placed, since the seeds were made for that. whole: positions of tensors that must not
-    be sharded along other dimensions; elsewhere (gradients) DTensor may redistribute.
+    first tensor stays as it is placed, since the seeds were made for that. check: of forward operators, which refuse
+    to gather what is cut otherwise; gradients DTensor may redistribute.
     """
     op = op.default
     names, outputs = [a.name for a in op._schema.arguments], len(op._schema.returns)
@@ -179,12 +191,10 @@ def _register(op, rule, cuts, first, seed, whole=()):
         args = [a.strategies[0].output_spec if isinstance(a, OpStrategy) else a for a in schema]
         args += [None] * (len(names) - len(args))
         tensors = [n for n, a in enumerate(schema) if isinstance(a, OpStrategy)]
-        allowed = cuts(seed, args)
-        for n in whole:
-            if args[n] is not None:
-                _check_placements(names[n], args[n].placements, allowed)
+        if check is not None:
+            check(mesh, *args[: 3 if check is _check_attention else 2])
         options = [[Replicate()] * (outputs + len(tensors))]
-        for cut in allowed:
+        for cut in cuts(seed, args):
             out, inputs = rule(cut, *args)
             options.append(out + [inputs[n] for n in tensors])
         every = expand_to_full_mesh_op_strategy(mesh, op_schema, options, input_index=outputs).strategies
@@ -204,8 +214,8 @@ def _register(op, rule, cuts, first, seed, whole=()):
 
 
 _ops = torch.ops.tformer_ext
-_register(_ops._attention_forward, _attention_forward, _attention_cuts, first=0, seed=10, whole=(0, 1, 2))
+_register(_ops._attention_forward, _attention_forward, _attention_cuts, first=0, seed=10, check=_check_attention)
 _register(_ops._attention_backward, _attention_backward, _attention_cuts, first=2, seed=14)
-_register(_ops._residual_norm_forward, _norm_forward, _norm_cuts, first=0, seed=4, whole=(0, 1))
-_register(_ops._residual_norm_inference, _norm_inference, _norm_cuts, first=0, seed=None, whole=(0, 1))
+_register(_ops._residual_norm_forward, _norm_forward, _norm_cuts, first=0, seed=4, check=_check_norm)
+_register(_ops._residual_norm_inference, _norm_inference, _norm_cuts, first=0, seed=None, check=_check_norm)
 _register(_ops._residual_norm_backward, _norm_backward, _norm_cuts, first=2, seed=6)
