@@ -15,6 +15,8 @@ from multiprocessing import connection, get_context
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMEOUT = 60.0
 
@@ -28,6 +30,24 @@ def raises(error, message):
         assert message in str(raised), f"expected {message!r} in {raised!r}"
     else:
         raise AssertionError(f"{error.__name__} was not raised: {message}")
+
+
+class Communication(TorchDispatchMode):
+    """Counts what DTensors exchange: {"all_reduce": 2, ...}. torch's CommDebugMode has hooks on modules, which make
+    three tensors of one that is query, key and value.
+    """
+
+    def __enter__(self):
+        self.counts = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # it takes the operation apart, and its pieces come here
+        name = function.overloadpacket.__name__
+        if function.namespace in ("_c10d_functional", "c10d") and not name.startswith(("wait_tensor", "_wrap")):
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
 
 
 def _serve(rank, world, folder, pipe):

@@ -5,10 +5,9 @@ import sys
 
 import pytest
 import torch
-from ranks import raises
+from ranks import Communication, raises
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 from tformer_ext import functional as F
 from tformer_ext.distributed.seeds import numbered_seed
@@ -68,9 +67,9 @@ def on_shards(rank, world, name, mesh_shape, placements):
         for (k, t), p in zip(tensors.items(), cut, strict=True)
     }
     weights = distribute_tensor(weights, mesh, placements)
-    with CommDebugMode() as communication:
+    with Communication() as communication:
         actual = attend(sharded, others, weights)
-    assert communication.get_total_counts() == 0, communication.get_comm_counts()
+    assert communication.counts == {}
     for t in actual[:5]:
         assert list(t.placements) == placements
     for (k, t), g in zip(list(tensors.items())[3:], actual[5:], strict=True):
@@ -132,14 +131,14 @@ def norms(rank, world, mesh_shape, placements):
                 for t, p in zip(tensors, (placements, placements, whole, whole), strict=True)
             ]
             weights = [distribute_tensor(t, mesh, placements) for t in weights]
-            with CommDebugMode() as communication:
+            with Communication() as communication:
                 actual = function(*cut, return_residual=keep)
                 actual = actual if keep else (actual,)
                 loss = inner(actual, weights)
                 actual = (*actual, *torch.autograd.grad(loss, cut))
                 with torch.no_grad():
                     inference = function(*cut)
-            assert communication.get_total_counts() == 0, communication.get_comm_counts()
+            assert communication.counts == {}
             for a, e in zip((inference, *actual), (expected[0], *expected), strict=True):
                 torch.testing.assert_close(a.full_tensor(), e)
             for t in (inference, *actual[:-2]):
