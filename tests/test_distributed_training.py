@@ -1,6 +1,7 @@
 """Training on several ranks takes the steps that one process takes: DDP, fully_shard, tensor parallelism, and mixed."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -364,6 +365,37 @@ def context_parallel(rank, world, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_context_parallel_training(layout, ranks2):
     ranks2.run(context_parallel, layout)
+
+
+def hugging_face(rank, world, folder):
+    """transformers' own tensor parallelism hands local heads to the attention."""
+    import transformers
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    tx.huggingface.register()
+    load = transformers.LlamaForCausalLM.from_pretrained
+    models = [load(folder, attn_implementation="tformer_ext", **more) for more in ({}, {"tp_plan": "auto"})]
+    weights = [model.model.layers[0].self_attn.q_proj.weight for model in models]
+    assert weights[1].placements == (Shard(0),)
+    tokens = torch.randint(0, 64, (2, 9))
+    results = []
+    for model, weight in zip(models, weights, strict=True):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        gradient = weight.grad.full_tensor() if isinstance(weight, DTensor) else weight.grad
+        results.append((loss, gradient, model(tokens[:1, :4]).logits))
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_tensor_parallelism_of_transformers(ranks2, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    ranks2.run(hugging_face, str(tmp_path))
 
 
 def errors(rank, world):

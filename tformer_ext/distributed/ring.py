@@ -22,7 +22,7 @@ from .sequence import all_gather, check_layout, check_same, process_group, segme
 class _Ring(NamedTuple):
     """Everything about a call that is no tensor. low, high: keys from i + low to i + high are seen; None unbounded."""
 
-    group: dist.ProcessGroup
+    group: "dist.ProcessGroup"
     rank: int
     world: int
     layout: str

@@ -7,6 +7,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.distributed.tensor.parallel import SequenceParallel as _SequenceParallel
 
 from ..modules import MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
+from ..modules.linear import linear
 from .seeds import numbered_seed
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -90,7 +91,7 @@ class HeadParallelAttention(MultiheadAttention):
             biases = [t.redistribute(placements=[Shard(0)]).to_local() for t in parts]
         heads = []
         for t, name, bias in zip((query, key, value), _PROJECTIONS, biases, strict=True):
-            projected = nn.functional.linear(entered[id(t)], getattr(self, name).to_local(), bias)
+            projected = linear(entered[id(t)], getattr(self, name).to_local(), bias)
             projected = projected.unflatten(-1, (-1, self.head_dim))
             projected = projected if batched else projected.unsqueeze(0)
             heads.append(projected.transpose(1, 2) if batch_first else projected.permute(1, 2, 0, 3))
