@@ -10,17 +10,17 @@ struct KeyRange {
   int64_t offset;       // query i stands at diagonal i + offset among the keys
   int64_t left, right;  // reach from the diagonal; -1 = unbounded
 
-  KeyRange(const AttentionParams& p, const Sequence& s)
+  constexpr KeyRange(const AttentionParams& p, const Sequence& s)
       : Sk(s.Sk), offset(p.causal == kUpperLeft ? 0 : s.Sk - s.Sq), left(p.window_left), right(p.window_right) {
     if (p.causal != kNotCausal) right = 0;  // a window can only narrow what causality leaves
   }
 
-  int64_t diagonal(int64_t i) const { return i + offset; }
-  int64_t clip(int64_t j) const { return j < 0 ? 0 : (j > Sk ? Sk : j); }
+  constexpr int64_t diagonal(int64_t i) const { return i + offset; }
+  constexpr int64_t clip(int64_t j) const { return j < 0 ? 0 : (j > Sk ? Sk : j); }
 
   // Query i sees keys begin(i) <= j < end(i). Both grow with i, so a block of rows sees begin(first) .. end(last).
-  int64_t begin(int64_t i) const { return left < 0 ? 0 : clip(diagonal(i) - left); }
-  int64_t end(int64_t i) const { return right < 0 ? Sk : clip(diagonal(i) + right + 1); }
+  constexpr int64_t begin(int64_t i) const { return left < 0 ? 0 : clip(diagonal(i) - left); }
+  constexpr int64_t end(int64_t i) const { return right < 0 ? Sk : clip(diagonal(i) + right + 1); }
 };
 
 }  // namespace tformer

@@ -52,7 +52,7 @@ struct AttentionParams {
   int64_t window_left, window_right;  // -1 = unbounded
   double scale, softcap;              // softcap 0 = none
   double dropout_p;                   // 0 = none
-  uint64_t dropout_seed;
+  const int64_t* dropout_seed;        // one element, null without dropout
 
   // Backward only.
   Rows grad_o;  // (B, Hq, Sq, Dv)
@@ -63,7 +63,7 @@ struct AttentionParams {
   int64_t grad_bias_stride[4];  // elements; 0 in a dimension that is summed over
 };
 
-inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
+constexpr Sequence sequence_of(const AttentionParams& p, int64_t b) {
   Sequence s{0, 0, p.Sq, p.Sk};
   if (p.cu_seqlens_q) {
     s.q_begin = p.cu_seqlens_q[b];
@@ -100,7 +100,7 @@ struct NormParams {
   void* mean;          // (M) float (double for f64), or null: for RMS, and where it is not kept
   void* rstd;          // (M) likewise
   double eps, dropout_p;
-  uint64_t dropout_seed;
+  const int64_t* dropout_seed;  // one element, null without dropout
   bool rms;
   bool around_cache;  // the results are larger than the caches and aligned to their lines: write them past these
 

@@ -18,11 +18,11 @@ constexpr uint32_t kPhiloxNormStream = 0x4E4F524D;
 constexpr int64_t kPhiloxBlock = 64;
 
 // An element is dropped where its random word lies below this.
-inline uint32_t dropout_threshold(double p) {
+constexpr uint32_t dropout_threshold(double p) {
   const double scaled = p * 4294967296.0 + 0.5;
   return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
 }
 
-inline double dropout_scale(double p) { return p < 1.0 ? 1.0 / (1.0 - p) : 0.0; }
+constexpr double dropout_scale(double p) { return p < 1.0 ? 1.0 / (1.0 - p) : 0.0; }
 
 }  // namespace tformer

@@ -6,7 +6,9 @@
 // Letters: B batch, Hq/Hk query/key heads, Sq/Sk lengths, D/Dv head dimensions; M rows, N columns.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(tformer_ext, m) {
+#include "host/registration.h"
+
+STABLE_TORCH_LIBRARY(TFORMER_NAMESPACE, m) {
   // Attention: softmax(softcap(scale * query @ key^T) + bias + alibi, masked) @ value.
   //   query (B, Hq, Sq, D), key (B, Hk, Sk, D), value (B, Hk, Sk, Dv): one dtype, last stride 1, others free
   //   bias floating, mask bool: 4-D, each dimension 1 or that of (B, Hq, Sq, Sk)

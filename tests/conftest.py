@@ -1,11 +1,16 @@
 """Fixtures of all tests."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import Ranks
 
 import tformer_ext
 from tformer_ext import _C
+from tformer_ext.ops import attention, residual_norm
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(params=_C.supported_isas())
@@ -23,6 +28,37 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulation_library():
+    """The CUDA kernels compiled for the host, and loaded."""
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("needs the source tree")
+    from emulation.library import Emulation
+
+    try:
+        return Emulation()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def emulation(emulation_library):
+    """As emulation_library, in the same order of threads for every test."""
+    emulation_library.set_seed(0)
+    return emulation_library
+
+
+@pytest.fixture
+def emulated(emulation, monkeypatch):
+    """The Python functions run the emulated CUDA kernels on CPU tensors."""
+    operators = torch.ops.tformer_emulated
+    for module, operation in ((attention, "attention"), (residual_norm, "residual_norm")):
+        for step in ("forward", "inference", "backward"):
+            if hasattr(module, f"_{step}"):
+                monkeypatch.setattr(module, f"_{step}", getattr(operators, f"_{operation}_{step}").default)
+    return emulation
 
 
 @pytest.fixture(autouse=True)

@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
                                              double softcap, double dropout_p) {
   AttentionParams p =
       attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
-  set_options(p, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
+  set_options(p, query, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
   Tensor out = empty_in_order_of(query, {query.size(0), p.Hq, query.size(2), p.Dv});
   Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
   p.o = rows_of(out, p.cu_seqlens_q);
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     double softcap, double dropout_p) {
   AttentionParams p =
       attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
-  set_options(p, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
+  set_options(p, query, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
   check_like(grad_out, "grad_out", {query.size(0), p.Hq, query.size(2), p.Dv}, query.scalar_type());
   check_like(out, "out", {query.size(0), p.Hq, query.size(2), p.Dv}, query.scalar_type());
   check_like(lse, "lse", {query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype));

@@ -76,7 +76,7 @@ void set_common(NormParams& p, const Tensor& x, ScalarType sum_dtype, double dro
         "sum_dtype: expected the dtype of x, or float32 beside a 16-bit x");
   check(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1");
   p.dropout_p = dropout_p;
-  p.dropout_seed = seed_of(seed, dropout_p);
+  p.dropout_seed = seed_of(seed, dropout_p, x);
   p.rms = rms;
 }
 

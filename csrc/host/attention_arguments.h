@@ -110,15 +110,16 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& key, 
   return p;
 }
 
-inline void set_options(AttentionParams& p, const OptionalTensor& dropout_seed, int64_t causal, int64_t window_left,
-                        int64_t window_right, std::optional<double> scale, double softcap, double dropout_p) {
+inline void set_options(AttentionParams& p, const Tensor& query, const OptionalTensor& dropout_seed, int64_t causal,
+                        int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap,
+                        double dropout_p) {
   check(causal >= kNotCausal && causal <= kLowerRight, "causal: expected 0, 1 or 2");
   check(window_left >= -1 && window_right >= -1, "window: expected -1 or more");
   check(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1");
   check(softcap >= 0, "softcap: expected 0 or more");
   p.causal = causal, p.window_left = window_left, p.window_right = window_right;
   p.scale = scale.value_or(1 / std::sqrt(static_cast<double>(p.D))), p.softcap = softcap, p.dropout_p = dropout_p;
-  p.dropout_seed = seed_of(dropout_seed, dropout_p);
+  p.dropout_seed = seed_of(dropout_seed, dropout_p, query);
 }
 
 // lse is contiguous: (B, Hq, Sq), packed (1, Hq, total).

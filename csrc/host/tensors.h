@@ -160,11 +160,13 @@ T* pointer(const OptionalTensor& t) {
   return t.has_value() ? static_cast<T*>(const_cast<void*>(t->const_data_ptr())) : nullptr;
 }
 
-inline uint64_t seed_of(const OptionalTensor& seed, double dropout_p) {
-  if (dropout_p <= 0) return 0;
-  check(seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long && seed->is_cpu(),
-        "dropout_seed: expected an int64 CPU tensor of one element with dropout_p > 0");
-  return static_cast<uint64_t>(*pointer<int64_t>(seed));
+// Read by the kernels, not here: on a GPU that would wait for it, and a captured graph would keep its value.
+inline const int64_t* seed_of(const OptionalTensor& seed, double dropout_p, const Tensor& like) {
+  if (dropout_p <= 0) return nullptr;
+  check(seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long &&
+            seed->is_cpu() == like.is_cpu() && seed->get_device_index() == like.get_device_index(),
+        "dropout_seed: expected an int64 tensor of one element beside the others with dropout_p > 0");
+  return pointer<int64_t>(seed);
 }
 
 }  // namespace tformer

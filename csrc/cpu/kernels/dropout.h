@@ -48,8 +48,8 @@ struct Dropout {
   uint32_t threshold;
   double scale;  // of what is kept
 
-  TFORMER_INLINE Dropout(double p, uint64_t seed_)
-      : seed(seed_), threshold(dropout_threshold(p)), scale(dropout_scale(p)) {}
+  TFORMER_INLINE Dropout(double p, const int64_t* seed_)
+      : seed(seed_ ? static_cast<uint64_t>(*seed_) : 0), threshold(dropout_threshold(p)), scale(dropout_scale(p)) {}
 
   // The random words of the 64 positions from `first`, a multiple of 64.
   TFORMER_INLINE void words(const DropoutRow& row, int64_t first, uint32_t* out) const {

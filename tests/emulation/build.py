@@ -1,0 +1,76 @@
+"""Compiles csrc/cuda for the host, against the emulation in this folder, into build/emulation; with ninja, so only what
+changed. The library registers the operators tformer_emulated::* for CPU tensors."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+LIBRARY = ROOT / "build" / "emulation" / f"{sys.implementation.cache_tag}-torch{torch.__version__}" / "emulated.so"
+
+FLAGS = [
+    "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA",
+    "-DTFORMER_NAMESPACE=tformer_emulated", "-DTFORMER_CUDA_KEY=CPU",
+    f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}",
+]  # fmt: skip
+
+
+def sources() -> list[Path]:
+    """Every file of csrc/cuda but the one that talks to the CUDA runtime, the schemas, and the emulation itself."""
+    cuda = [file for suffix in ("*.cu", "*.cpp") for file in (ROOT / "csrc/cuda").rglob(suffix)]
+    cuda = [file for file in cuda if file.name != "runtime.cpp"]
+    return [*sorted(cuda), ROOT / "csrc/schema.cpp", *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+
+
+def host_flags() -> list[str]:
+    """Multiply-adds in one instruction where this CPU has them: std::fma is slow without."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        words = []
+    return ["-mfma"] if "fma" in words and "avx2" in words else []
+
+
+def build() -> Path:
+    """The library, up to date. FileNotFoundError: without ninja or a compiler. RuntimeError: it does not compile."""
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    compiler = cpp_extension.get_cxx_compiler()
+    if ninja is None or shutil.which(compiler.split()[0]) is None:
+        raise FileNotFoundError("the emulated kernels need ninja and a C++ compiler")
+    folder = LIBRARY.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [f"-isystem {path}" for path in cpp_extension.include_paths()]
+    libraries = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
+    lines = [
+        "ninja_required_version = 1.3",
+        f"flags = {' '.join([*FLAGS, *host_flags(), *includes])}",
+        "rule compile",
+        f"  command = {compiler} -MMD -MF $out.d $flags -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared $in -o $out {' '.join(libraries)} -ltorch_cpu",
+    ]
+    objects = []
+    for source in sources():
+        objects.append(str(source.relative_to(ROOT)).replace("/", "_") + ".o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    lines.append(f"build {LIBRARY.name}: link {' '.join(objects)}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [ninja, "-C", str(folder), *(["-j", jobs] if (jobs := os.environ.get("MAX_JOBS")) else [])]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"the emulated kernels do not compile:\n{result.stdout[-4000:]}{result.stderr[-2000:]}")
+    return LIBRARY
+
+
+if __name__ == "__main__":
+    print(build())

@@ -1,0 +1,309 @@
+#include "emulator.h"
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "fibre.h"
+#include "guarded_memory.h"
+
+namespace tformer::gpu::emulation {
+
+Running running;
+
+namespace {
+
+constexpr int kBarriers = 16;
+constexpr uint32_t kAll = ~0u;
+
+struct Failure {
+  std::string message;
+};
+
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes, valid_bytes;
+};
+
+struct Thread {
+  Fibre fibre;
+  Site site;                              // where it waits
+  void* operand;                          // of its meeting
+  std::vector<std::vector<Copy>> copies;  // groups, oldest first; the last one is open
+
+  void reset() {
+    site = {nullptr, nullptr, 0};
+    copies.assign(1, {});
+  }
+};
+
+struct Warp {
+  uint32_t ready = kAll, ended = 0, meeting = 0;  // a bit for each lane
+};
+
+struct Barrier {
+  int expected = 0;
+  Site site{};
+  std::vector<int> waiting;  // threads
+};
+
+struct Block {
+  Body body;
+  const void* params;
+  int threads;
+  char* shared;
+  size_t shared_bytes;
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers];
+  std::string failure;
+
+  bool holds(const void* address, size_t bytes) const {
+    const auto* at = static_cast<const char*>(address);
+    return at >= shared && at + bytes <= shared + shared_bytes;
+  }
+};
+
+std::mutex mutex;  // launches take turns
+std::string message;
+std::mt19937_64 random_order;
+std::vector<std::unique_ptr<Thread>> pool;
+Block* block = nullptr;
+
+Thread& current() { return *pool[static_cast<size_t>(running.thread)]; }
+
+std::string text_of(const Site& site) {
+  std::ostringstream text;
+  const char* file = std::strrchr(site.file, '/');
+  text << site.name << " (" << (file ? file + 1 : site.file) << ":" << site.line << ")";
+  return text.str();
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && !std::strcmp(a.name, b.name) && !std::strcmp(a.file, b.file);
+}
+
+void thread_main() {
+  Thread& me = current();
+  const int index = running.thread;
+  try {
+    block->body(block->params, block->shared);
+  } catch (const Failure& failure) {
+    block->failure = failure.message;
+  }
+  block->warps[static_cast<size_t>(index / kWarp)].ended |= 1u << index % kWarp;
+  for (;;) me.fibre.leave();
+}
+
+// Leaves the running thread until somebody has made it ready.
+void wait() { current().fibre.leave(); }
+
+// Where the threads of the block are that have not ended, for a block in which none can go on.
+std::string stuck_threads() {
+  std::vector<std::pair<std::string, std::vector<int>>> places;
+  for (int n = 0; n < block->threads; ++n) {
+    const bool ended = block->warps[static_cast<size_t>(n / kWarp)].ended >> n % kWarp & 1;
+    const std::string place = ended ? "ended" : "at " + text_of(pool[static_cast<size_t>(n)]->site);
+    const auto found = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
+    if (found == places.end()) {
+      places.push_back({place, {n}});
+    } else {
+      found->second.push_back(n);
+    }
+  }
+  std::ostringstream text;
+  text << "the threads of a block wait for each other:";
+  for (const auto& [place, threads] : places) {
+    text << " " << threads.size() << " of them (the first is " << threads.front() << ") " << place << ";";
+  }
+  return text.str();
+}
+
+// Warps go on in an order drawn anew after each meeting, or one warp as long as it can: both find races.
+void run_block() {
+  const auto warps = static_cast<int>(block->warps.size());
+  const bool stays = random_order() % 2;
+  int warp = 0;
+  while (block->failure.empty()) {
+    std::vector<int> able;
+    bool finished = true;
+    for (int w = 0; w < warps; ++w) {
+      if (block->warps[static_cast<size_t>(w)].ready) able.push_back(w);
+      finished = finished && block->warps[static_cast<size_t>(w)].ended == kAll;
+    }
+    if (able.empty()) {
+      if (!finished) block->failure = stuck_threads();
+      return;
+    }
+    if (!stays || std::find(able.begin(), able.end(), warp) == able.end()) warp = able[random_order() % able.size()];
+    Warp& lanes = block->warps[static_cast<size_t>(warp)];
+    const uint64_t draw = random_order();
+    const auto step = static_cast<int>(draw % kWarp) | 1, first = static_cast<int>(draw >> 8) % kWarp;
+    for (int n = 0; n < kWarp && block->failure.empty(); ++n) {
+      const int lane = (first + n * step) & (kWarp - 1);
+      if (!(lanes.ready >> lane & 1)) continue;
+      lanes.ready &= ~(1u << lane);
+      running.thread = warp * kWarp + lane;
+      current().fibre.enter();
+    }
+  }
+}
+
+// Shared memory at the end of its pages, so that the access after it ends the process, and what aligning leaves over is
+// watched.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes)
+      : bytes_(bytes),
+        rounded_((bytes + kAlign - 1) / kAlign * kAlign),
+        memory_(rounded_, GuardedMemory::Guard::after) {}
+
+  char* begin() const { return memory_.end() - rounded_; }
+  void poison() const { std::memset(begin(), 0xff, rounded_); }
+  bool rest_is_untouched() const {
+    return std::all_of(begin() + bytes_, memory_.end(), [](char c) { return c == '\xff'; });
+  }
+
+ private:
+  static constexpr size_t kAlign = 128;
+  size_t bytes_, rounded_;
+  GuardedMemory memory_;
+};
+
+std::string run_blocks(Body body, const void* params, Grid grid, int threads, size_t shared_bytes) {
+  SharedMemory shared(shared_bytes);
+  while (pool.size() < static_cast<size_t>(threads)) pool.push_back(std::make_unique<Thread>());
+  std::vector<int64_t> order(static_cast<size_t>(grid.x * grid.y * grid.z));
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random_order);
+  running.blocks[0] = grid.x, running.blocks[1] = grid.y, running.blocks[2] = grid.z;
+  for (const int64_t index : order) {
+    Block now{body, params, threads, shared.begin(), shared_bytes, {}, {}, {}};
+    now.warps.resize(static_cast<size_t>(threads / kWarp));
+    shared.poison();
+    for (int n = 0; n < threads; ++n) {
+      pool[static_cast<size_t>(n)]->reset();
+      pool[static_cast<size_t>(n)]->fibre.start(&thread_main);
+    }
+    running.block[0] = index % grid.x;
+    running.block[1] = index / grid.x % grid.y;
+    running.block[2] = index / grid.x / grid.y;
+    block = &now;
+    run_block();
+    block = nullptr;
+    if (!now.failure.empty()) {
+      std::ostringstream text;
+      text << "block (" << running.block[0] << ", " << running.block[1] << ", " << running.block[2]
+           << "): " << now.failure;
+      return text.str();
+    }
+    if (!shared.rest_is_untouched()) return "a kernel wrote past its shared memory";
+  }
+  return {};
+}
+
+}  // namespace
+
+Status run(Body body, const void* params, Grid grid, int threads, size_t shared_bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return kSuccess;
+  if (grid.x < 0 || grid.y < 0 || grid.z < 0 || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
+    message = "the grid is larger than a GPU allows";
+  } else if (shared_bytes > kMostSharedBytes) {
+    message = "more shared memory than a block may have on sm_80";
+  } else {
+    message = run_blocks(body, params, grid, threads, shared_bytes);
+  }
+  return message.empty() ? kSuccess : kFailed;
+}
+
+void set_seed(uint64_t seed) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  random_order.seed(seed);
+}
+
+const char* last_error() { return message.c_str(); }
+
+void fail(const Site& site, const char* what) {
+  throw Failure{"thread " + std::to_string(running.thread) + " at " + text_of(site) + ": " + what};
+}
+
+void meet_warp(const Site& site, void* operand, Act act) {
+  const int first = running.thread / kWarp * kWarp;
+  Warp& warp = block->warps[static_cast<size_t>(first / kWarp)];
+  Thread& me = current();
+  me.site = site, me.operand = operand;
+  if (warp.meeting) {
+    const Thread& other = *pool[static_cast<size_t>(first + __builtin_ctz(warp.meeting))];
+    if (!same(other.site, site)) {
+      const std::string what = "the lanes of its warp diverge, others are at " + text_of(other.site);
+      fail(site, what.c_str());
+    }
+  }
+  warp.meeting |= 1u << (running.thread - first);
+  if (warp.meeting != kAll) return wait();
+  void* operands[kWarp];
+  for (int n = 0; n < kWarp; ++n) operands[n] = pool[static_cast<size_t>(first + n)]->operand;
+  act(operands);
+  warp.meeting = 0;
+  warp.ready = kAll;
+  wait();  // who came last shall not always go on first
+}
+
+void meet_block(const Site& site, int id, int count) {
+  Barrier& barrier = block->barriers[id];
+  current().site = site;
+  const int expected = id == 0 ? block->threads : count;
+  if (!barrier.waiting.empty()) {
+    if (barrier.expected != expected) fail(site, "threads meet at one barrier with different counts");
+    if (id == 0 && !same(barrier.site, site)) {
+      const std::string what = "the threads of the block diverge, others are at " + text_of(barrier.site);
+      fail(site, what.c_str());
+    }
+  }
+  barrier.expected = expected, barrier.site = site;
+  barrier.waiting.push_back(running.thread);
+  if (static_cast<int>(barrier.waiting.size()) == expected) {
+    for (int n : barrier.waiting) block->warps[static_cast<size_t>(n / kWarp)].ready |= 1u << n % kWarp;
+    barrier.waiting.clear();
+  }
+  wait();
+}
+
+void check_aligned(const Site& site, const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment) fail(site, "its address is not aligned");
+}
+
+void check_shared(const Site& site, const void* address, size_t bytes, size_t alignment) {
+  if (!block->holds(address, bytes)) fail(site, "its address is outside shared memory");
+  check_aligned(site, address, alignment);
+}
+
+// The bytes arrive as late as they may: until then there are NaN patterns.
+void copy_async(const Site& site, void* shared, const void* global, int bytes, int valid_bytes) {
+  check_shared(site, shared, static_cast<size_t>(bytes), static_cast<size_t>(bytes));
+  check_aligned(site, global, static_cast<size_t>(bytes));
+  if (valid_bytes < 0 || valid_bytes > bytes) fail(site, "valid_bytes is out of range");
+  std::memset(shared, 0xff, static_cast<size_t>(bytes));
+  current().copies.back().push_back({shared, global, bytes, valid_bytes});
+}
+
+void commit_copies() { current().copies.emplace_back(); }
+
+void wait_for_copies(int pending) {
+  auto& groups = current().copies;
+  while (static_cast<int>(groups.size()) - 1 > pending) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.shared, 0, static_cast<size_t>(copy.bytes));
+      if (copy.valid_bytes) std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.valid_bytes));
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace tformer::gpu::emulation

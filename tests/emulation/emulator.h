@@ -1,0 +1,67 @@
+// Runs a kernel's blocks on the host, one after the other, the threads of a block as fibres. What the threads do
+// together (barriers, shuffles, mma) is a meeting: the last one to come does it for all.
+//
+// The order is drawn from a seed: of the blocks, of the warps between meetings, of the lanes in a warp. A kernel whose
+// result depends on it has a race. Shared memory and the fibres' stacks hold NaN patterns when a block begins. Errors
+// of the kernel (a meeting not all come to, an address outside shared memory or not aligned) end the launch with a
+// message that names the place.
+#pragma once
+
+#include <gpu/launch.h>
+#include <gpu/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace tformer::gpu::emulation {
+
+struct Site {
+  const char* name;  // of the wrapper
+  const char* file;
+  int line;
+};
+
+// What the running thread may ask of the block. There is one: launches take turns.
+struct Running {
+  int thread;
+  int64_t block[3], blocks[3];
+};
+extern Running running;
+
+constexpr Status kFailed = -1;
+constexpr size_t kMostSharedBytes = size_t{163} << 10;  // of a block on sm_80
+
+// body(params, shared) for every thread of every block.
+using Body = void (*)(const void* params, char* shared);
+Status run(Body body, const void* params, Grid grid, int threads, size_t shared_bytes);
+
+// The order of the next launches.
+void set_seed(uint64_t seed);
+// Why the last launch of this process failed.
+const char* last_error();
+
+// The lanes of the running thread's warp meet; operands[n] is lane n's. Returns when `act` has run.
+using Act = void (*)(void* const (&operands)[kWarp]);
+void meet_warp(const Site& site, void* operand, Act act);
+// `count` threads meet at barrier `id`; 0 is that of the whole block.
+void meet_block(const Site& site, int id, int count);
+
+// Background copies of the running thread.
+void copy_async(const Site& site, void* shared, const void* global, int bytes, int valid_bytes);
+void commit_copies();
+void wait_for_copies(int pending);
+
+// Fails the launch unless address is a multiple of `alignment` and, for shared ones, within shared memory.
+void check_shared(const Site& site, const void* address, size_t bytes, size_t alignment);
+void check_aligned(const Site& site, const void* address, size_t alignment);
+[[noreturn]] void fail(const Site& site, const char* what);
+
+template <class T>
+T same_bits(const void* from) {
+  T to;
+  std::memcpy(&to, from, sizeof(T));
+  return to;
+}
+
+}  // namespace tformer::gpu::emulation

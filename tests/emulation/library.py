@@ -1,0 +1,33 @@
+"""The compiled emulation in this process."""
+
+import ctypes
+
+import torch
+
+from . import build
+
+
+def _address(t):
+    return None if t is None else t.data_ptr()
+
+
+class Emulation:
+    """Compiles and loads the library; the operators tformer_emulated::* are then there."""
+
+    def __init__(self):
+        path = build.build()
+        torch.ops.load_library(str(path))
+        self._library = ctypes.CDLL(str(path))
+        self._library.tformer_emulation_error.restype = ctypes.c_char_p
+
+    def set_seed(self, seed: int) -> None:
+        """The order in which blocks, warps and lanes run from now on."""
+        self._library.tformer_set_emulation_seed(ctypes.c_uint64(seed))
+
+    def run_wrapper(self, name, source, more, out, n=0, blocks=1, shared_bytes=0) -> str | None:
+        """Runs a kernel of wrapper_kernels.cu on tensors; the error message, or None."""
+        pointers = [ctypes.c_void_p(_address(t)) for t in (source, more, out)]
+        numbers = [ctypes.c_int64(i) for i in (n, blocks, shared_bytes)]
+        status = self._library.tformer_run_wrapper(name.encode(), *pointers, *numbers, None)
+        assert status != -2, f"no kernel {name}"
+        return self._library.tformer_emulation_error().decode() if status else None

@@ -1,0 +1,64 @@
+// csrc/cuda/runtime.cpp on the host, and memory of results that shows what a kernel leaves out or overruns.
+#include "../../csrc/cuda/runtime.h"
+
+#include "emulator.h"
+#include "guarded_memory.h"
+
+namespace tformer {
+namespace gpu {
+
+OnDevice::OnDevice(const Tensor& t) : stream_{nullptr, 0} {
+  static const Device kDevice{8, 0, 3, emulation::kMostSharedBytes};
+  check(t.is_cpu(), "the emulation runs on CPU tensors");
+  device_ = &kDevice;
+}
+
+void check_launch(Status status, const char* kernel) {
+  check(status == kSuccess, kernel, ": ", emulation::last_error());
+}
+
+}  // namespace gpu
+
+// In place of csrc/cpu/block_cache.cpp: NaN patterns up to a page that nobody may touch.
+BlockCache& BlockCache::instance() {
+  static BlockCache cache;
+  return cache;
+}
+BlockCache::BlockCache() : limit_(0) {}
+
+namespace {
+using Guarded = gpu::emulation::GuardedMemory;
+std::mutex mutex;
+std::vector<std::pair<void*, std::unique_ptr<Guarded>>> taken;
+}  // namespace
+
+void* BlockCache::take(size_t bytes) {
+  constexpr size_t kAlign = 16;  // torch's is larger; the end is what matters
+  if (bytes == 0) return nullptr;
+  const size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
+  auto memory = std::make_unique<Guarded>(rounded, Guarded::Guard::after);
+  char* data = memory->end() - rounded;
+  std::fill(data, memory->end(), '\xff');
+  const std::lock_guard<std::mutex> lock(mutex);
+  taken.emplace_back(data, std::move(memory));
+  return data;
+}
+
+void BlockCache::give_back(void* data, size_t) noexcept {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = std::find_if(taken.begin(), taken.end(), [&](const auto& t) { return t.first == data; });
+  if (found != taken.end()) taken.erase(found);
+}
+
+}  // namespace tformer
+
+extern "C" {
+
+__attribute__((visibility("default"))) void tformer_set_emulation_seed(uint64_t seed) {
+  tformer::gpu::emulation::set_seed(seed);
+}
+__attribute__((visibility("default"))) const char* tformer_emulation_error() {
+  return tformer::gpu::emulation::last_error();
+}
+
+}  // extern "C"
