@@ -188,7 +188,7 @@ std::string run_blocks(Body body, const void* params, Grid grid, int threads, si
     shared.poison();
     for (int n = 0; n < threads; ++n) {
       pool[static_cast<size_t>(n)]->reset();
-      pool[static_cast<size_t>(n)]->fibre.start(&thread_main);
+      pool[static_cast<size_t>(n)]->fibre.start(&thread_main, n);
     }
     running.block[0] = index % grid.x;
     running.block[1] = index / grid.x % grid.y;

@@ -1,0 +1,44 @@
+// Dropout in kernels: the random words of philox.h, drawn where they are used.
+#pragma once
+
+#include <gpu/device.h>
+
+#include "../philox.h"
+
+namespace tformer {
+
+// Word w serves position 64 (c0 / 16) + 16 w + c0 % 16 of the row that the other counter words stand for: a thread that
+// holds positions 16 apart uses all four.
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+// Counter words: DESIGN.md, Dropout. The key is the seed.
+TFORMER_DEVICE PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t a = static_cast<uint64_t>(c0) * kPhiloxM0, b = static_cast<uint64_t>(c2) * kPhiloxM1;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(a);
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// What a kernel needs of dropout, made on the host; the seed stays in device memory.
+struct DropoutParams {
+  const int64_t* seed;  // null: no dropout
+  uint32_t drop_below;  // an element whose word is below this is dropped
+  float scale;          // of the others
+  double scale_double;
+};
+
+inline DropoutParams dropout_params(double p, const int64_t* seed) {
+  const double scale = dropout_scale(p);
+  return {p > 0 ? seed : nullptr, dropout_threshold(p), static_cast<float>(scale), scale};
+}
+
+}  // namespace tformer
