@@ -45,8 +45,11 @@ def emulation_library():
 
 @pytest.fixture
 def emulation(emulation_library):
-    """As emulation_library, in the same order of threads for every test."""
+    """As emulation_library, with the same device and order of threads for every test."""
+    from emulation.library import MOST_SHARED_BYTES
+
     emulation_library.set_seed(0)
+    emulation_library.set_shared_bytes(MOST_SHARED_BYTES)
     return emulation_library
 
 
@@ -59,6 +62,27 @@ def emulated(emulation, monkeypatch):
             if hasattr(module, f"_{step}"):
                 monkeypatch.setattr(module, f"_{step}", getattr(operators, f"_{operation}_{step}").default)
     return emulation
+
+
+@pytest.fixture
+def cuda():
+    """New tensors are on the GPU; skips the test where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.fixture(params=[*_C.supported_isas(), "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def kernels(request):
+    """Runs the test once with the kernels of every instruction set, with the emulated CUDA kernels and on a GPU."""
+    if request.param in ("emulated", "cuda"):
+        request.getfixturevalue(request.param)
+        return request.param
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    request.addfinalizer(lambda: _C.set_cpu_isa(before))
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def run(function, tensors, options, cotangents):
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_values_and_gradients(kind, variant, isa):
+def test_values_and_gradients(kind, variant, kernels):
     function, specification = FUNCTIONS[kind]
     for dtype in DTYPES:
         if dtype == torch.float64 and VARIANTS[variant].get("residual_dtype"):
@@ -92,7 +92,7 @@ def _cast(tensors, dtype):
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def test_one_column(isa):
+def test_one_column(kernels):
     """LayerNorm of one number is its bias, RMSNorm its sign: the gradients cancel to nothing."""
     x = torch.randn(50, 1, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_one_column(isa):
     assert gradient.abs().max() < 1e-12
 
 
-def test_more_dimensions_and_strides(isa):
+def test_more_dimensions_and_strides(kernels):
     x = torch.randn(3, 4, 5, 6).transpose(0, 1)
     residual = torch.randn(4, 3, 5, 6)
     weight, bias = torch.randn(5, 6), torch.randn(5, 6)
@@ -117,7 +117,7 @@ def test_more_dimensions_and_strides(isa):
     torch.testing.assert_close(F.residual_layer_norm(x[0, 0, 0]), torch.nn.functional.layer_norm(x[0, 0, 0], (6,)))
 
 
-def test_weights_of_another_dtype(isa):
+def test_weights_of_another_dtype(kernels):
     x = torch.randn(8, 32, dtype=torch.bfloat16)
     weight, bias = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
     y = F.residual_layer_norm(x, x, weight, bias)
@@ -128,7 +128,7 @@ def test_weights_of_another_dtype(isa):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 4)], ids=str)
-def test_empty(shape, isa):
+def test_empty(shape, kernels):
     x = torch.randn(shape, requires_grad=True)
     weight = torch.randn(shape[-1], requires_grad=True)
     y, h = F.residual_layer_norm(x, x, weight, return_residual=True)
@@ -137,7 +137,7 @@ def test_empty(shape, isa):
     assert grads[0].shape == shape and torch.equal(grads[1], torch.zeros(shape[-1]))
 
 
-def test_variance_does_not_cancel(isa):
+def test_variance_does_not_cancel(kernels):
     """E[x^2] - mean^2 in float32 has an error of 1e3 here."""
     x = torch.randn(64, 512) + 1e4
     weight = torch.randn(512)
@@ -147,7 +147,7 @@ def test_variance_does_not_cancel(isa):
     assert ours <= 2 * torchs + 1e-6 and ours < 5e-3
 
 
-def test_parameter_gradients_accumulate_in_float32(isa):
+def test_parameter_gradients_accumulate_in_float32(kernels):
     """torch's CPU kernel sums them in bfloat16 and is off by a tenth at this size."""
     x, dy = torch.randn(8192, 64).bfloat16(), torch.randn(8192, 64).bfloat16()
     weight, bias = (torch.randn(64).bfloat16().requires_grad_() for _ in range(2))
@@ -158,7 +158,7 @@ def test_parameter_gradients_accumulate_in_float32(isa):
         assert ((a.double() - g).norm() / g.norm()) < 2 * torch.finfo(torch.bfloat16).eps
 
 
-def test_non_finite_rows_stay_rows(isa):
+def test_non_finite_rows_stay_rows(kernels):
     x = torch.randn(6, 40)
     x[2, 7], x[4, 39] = float("nan"), float("inf")
     y = F.residual_layer_norm(x)

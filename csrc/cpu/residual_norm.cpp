@@ -4,7 +4,7 @@
 #include <initializer_list>
 #include <tuple>
 
-#include "../host/tensors.h"
+#include "../host/norm_arguments.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -43,62 +43,28 @@ bool writes_around_cache(const NormParams& p, std::initializer_list<const Tensor
   return total >= last_level_cache();
 }
 
-// The stride of t's rows.
-int64_t check_rows(const Tensor& t, const char* name, const NormParams& p) {
-  const Matrix m = matrix_of(t, name);
-  check(m.rows == p.M && m.width == p.N, name, ": expected ", p.M, " rows of ", p.N, ", got ", m.rows, " of ", m.width);
-  return m.stride;
-}
-
-Sizes sizes_of(const Tensor& t, int64_t dims) {
-  Sizes sizes(static_cast<size_t>(dims));
-  for (int64_t d = 0; d < dims; ++d) sizes[static_cast<size_t>(d)] = t.size(d);
-  return sizes;
-}
-
 // weight or bias in the arithmetic type: they are read by every row, so converting them once is free.
-std::optional<Tensor> parameter(const OptionalTensor& t, const char* name, int64_t N, DType dtype) {
-  if (!t.has_value()) return std::nullopt;
-  check(t->dim() == 1 && t->size(0) == N && t->is_contiguous(), name, ": expected a contiguous vector of the width");
-  check(dtype_of(*t, name) != DType::boolean, name, ": expected a floating dtype");
-  if (t->scalar_type() == accumulator_type(dtype)) return t;
-  return torch::stable::to(*t, accumulator_type(dtype));
-}
-
-void set_common(NormParams& p, const Tensor& x, ScalarType sum_dtype, double dropout_p, const OptionalTensor& seed,
-                bool rms) {
-  const Matrix rows = matrix_of(x, "x");
-  p.M = rows.rows, p.N = rows.width;
-  p.dtype = dtype_of(x, "x");
-  p.sum_dtype = sum_dtype == x.scalar_type() ? p.dtype : DType::f32;
-  const bool narrow = p.dtype == DType::bf16 || p.dtype == DType::f16;
-  check(p.dtype != DType::boolean && (sum_dtype == x.scalar_type() || (narrow && sum_dtype == ScalarType::Float)),
-        "sum_dtype: expected the dtype of x, or float32 beside a 16-bit x");
-  check(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1");
-  p.dropout_p = dropout_p;
-  p.dropout_seed = seed_of(seed, dropout_p, x);
-  p.rms = rms;
+std::optional<Tensor> parameter(const OptionalTensor& t, const char* name, const NormParams& p) {
+  check_parameter(t, name, p);
+  if (!t.has_value() || t->scalar_type() == accumulator_type(p.dtype)) return t;
+  return torch::stable::to(*t, accumulator_type(p.dtype));
 }
 
 double cost_of(const NormParams& p) { return 32.0 * static_cast<double>(p.M) * static_cast<double>(p.N); }
 
-// The inputs of a forward pass that live as long as the kernel reads them.
+// The parameters of a forward pass, and what they point to.
 struct NormInputs {
-  NormParams p{};
   ScalarType sum_dtype;
+  NormParams p;
   std::optional<Tensor> weight, bias;
 
   NormInputs(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& given_weight,
              const OptionalTensor& given_bias, const OptionalTensor& dropout_seed, double eps, double dropout_p,
              bool rms, std::optional<ScalarType> wanted_dtype)
-      : sum_dtype(wanted_dtype.value_or(residual.has_value() ? residual->scalar_type() : x.scalar_type())) {
-    set_common(p, x, sum_dtype, dropout_p, dropout_seed, rms);
-    p.x = x.const_data_ptr(), p.x_stride = check_rows(x, "x", p), p.eps = eps;
-    if (residual.has_value()) {
-      check(residual->scalar_type() == sum_dtype, "residual: expected dtype sum_dtype");
-      p.residual = residual->const_data_ptr(), p.residual_stride = check_rows(*residual, "residual", p);
-    }
-    weight = parameter(given_weight, "weight", p.N, p.dtype), bias = parameter(given_bias, "bias", p.N, p.dtype);
+      : sum_dtype(sum_dtype_of(x, residual, wanted_dtype)),
+        p(norm_forward_params(x, residual, dropout_seed, eps, dropout_p, rms, sum_dtype)),
+        weight(parameter(given_weight, "weight", p)),
+        bias(parameter(given_bias, "bias", p)) {
     p.weight = pointer<void>(weight), p.bias = pointer<void>(bias);
   }
 };
@@ -119,21 +85,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_forward(Tensor x, Optio
                                                                  std::optional<ScalarType> wanted_dtype) {
   NormInputs inputs(x, residual, weight, bias, dropout_seed, eps, dropout_p, rms, wanted_dtype);
   NormParams& p = inputs.p;
-  const ScalarType statistics = accumulator_type(p.dtype);
-  const Sizes sizes = sizes_of(x, x.dim()), lead = sizes_of(x, x.dim() - 1);
-  Tensor y = empty(sizes, x.scalar_type(), x);
-  Tensor sum = empty(save_sum ? sizes : Sizes{0}, inputs.sum_dtype, x);
-  Tensor mean = empty(rms ? Sizes{0} : lead, statistics, x), rstd = empty(lead, statistics, x);
-  p.y = y.mutable_data_ptr(), p.rstd = rstd.mutable_data_ptr();
-  if (save_sum) p.sum = sum.mutable_data_ptr();
-  if (!rms) p.mean = mean.mutable_data_ptr();
-  p.around_cache = writes_around_cache(p, {&y, &sum});
+  NormOutputs out(p, x, inputs.sum_dtype, save_sum);
+  p.around_cache = writes_around_cache(p, {&out.y, &out.sum});
   run_forward(p);
   if (p.N == 0) {
-    torch::stable::zero_(rstd);
-    torch::stable::zero_(mean);
+    torch::stable::zero_(out.rstd);
+    torch::stable::zero_(out.mean);
   }
-  return {y, sum, mean, rstd};
+  return {out.y, out.sum, out.mean, out.rstd};
 }
 
 Tensor residual_norm_inference(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
@@ -176,33 +135,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
                                                                   bool rms, ScalarType x_dtype,
                                                                   std::optional<ScalarType> residual_dtype,
                                                                   std::optional<ScalarType> bias_dtype) {
-  NormParams p{};
-  check(grad_y.scalar_type() == x_dtype, "grad_y: expected the dtype of x");
-  set_common(p, grad_y, sum.scalar_type(), dropout_p, dropout_seed, rms);
+  NormParams p =
+      norm_backward_params(grad_y, grad_sum, sum, mean, rstd, dropout_seed, dropout_p, rms, x_dtype, residual_dtype);
   const ScalarType statistics = accumulator_type(p.dtype);
-  check(rstd.numel() == p.M && rstd.scalar_type() == statistics && rstd.is_contiguous(), "rstd: expected (rows)");
-  check(rms || (mean.numel() == p.M && mean.scalar_type() == statistics && mean.is_contiguous()),
-        "mean: expected (rows)");
-  check(!residual_dtype || *residual_dtype == sum.scalar_type(), "residual_dtype: expected the dtype of sum");
-  p.saved = sum.const_data_ptr(), p.saved_stride = check_rows(sum, "sum", p);
-  p.grad_y = grad_y.const_data_ptr(), p.grad_y_stride = check_rows(grad_y, "grad_y", p);
-  p.mean = rms ? nullptr : const_cast<void*>(mean.const_data_ptr());
-  p.rstd = const_cast<void*>(rstd.const_data_ptr());
-  if (grad_sum.has_value()) {
-    check(grad_sum->scalar_type() == sum.scalar_type(), "grad_sum: expected the dtype of sum");
-    p.grad_sum = grad_sum->const_data_ptr(), p.grad_sum_stride = check_rows(*grad_sum, "grad_sum", p);
-  }
-  const auto wide_weight = parameter(weight, "weight", p.N, p.dtype);
+  const auto wide_weight = parameter(weight, "weight", p);
   p.weight = pointer<void>(wide_weight);
-
-  // Without dropout both gradients are the same numbers: one tensor serves where it also has the right dtype.
-  const bool apart = residual_dtype && (dropout_p > 0 || *residual_dtype != x_dtype);
-  const Sizes sizes = sizes_of(grad_y, grad_y.dim());
-  Tensor grad_x = empty(sizes, x_dtype, grad_y);
-  Tensor grad_residual = apart ? empty(sizes, *residual_dtype, grad_y) : empty({0}, x_dtype, grad_y);
-  p.grad_x = grad_x.mutable_data_ptr();
-  if (apart) p.grad_residual = grad_residual.mutable_data_ptr();
-  p.around_cache = writes_around_cache(p, {&grad_x, &grad_residual});
+  NormGradients gradients(p, grad_y, x_dtype, residual_dtype);
+  p.around_cache = writes_around_cache(p, {&gradients.x, &gradients.residual});
   p.chunk_rows = rows_per_chunk(p.M);
   const int64_t chunks = (p.M + p.chunk_rows - 1) / p.chunk_rows;
   Tensor partial_weight = empty({weight ? chunks : 0, p.N}, statistics, grad_y);
@@ -217,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
   }
   Tensor grad_weight = weight ? summed(partial_weight, p.dtype, weight->scalar_type()) : empty({0}, x_dtype, grad_y);
   Tensor grad_bias = bias_dtype ? summed(partial_bias, p.dtype, *bias_dtype) : empty({0}, x_dtype, grad_y);
-  return {grad_x, grad_residual, grad_weight, grad_bias};
+  return {gradients.x, gradients.residual, grad_weight, grad_bias};
 }
 
 }  // namespace

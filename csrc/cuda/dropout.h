@@ -3,7 +3,7 @@
 
 #include <gpu/device.h>
 
-#include "../philox.h"
+#include "dropout_params.h"
 
 namespace tformer {
 
@@ -26,19 +26,6 @@ TFORMER_DEVICE PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_
     k1 += kPhiloxW1;
   }
   return {{c0, c1, c2, c3}};
-}
-
-// What a kernel needs of dropout, made on the host; the seed stays in device memory.
-struct DropoutParams {
-  const int64_t* seed;  // null: no dropout
-  uint32_t drop_below;  // an element whose word is below this is dropped
-  float scale;          // of the others
-  double scale_double;
-};
-
-inline DropoutParams dropout_params(double p, const int64_t* seed) {
-  const double scale = dropout_scale(p);
-  return {p > 0 ? seed : nullptr, dropout_threshold(p), static_cast<float>(scale), scale};
 }
 
 }  // namespace tformer

@@ -11,6 +11,9 @@ def _address(t):
     return None if t is None else t.data_ptr()
 
 
+MOST_SHARED_BYTES = 163 << 10
+
+
 class Emulation:
     """Compiles and loads the library; the operators tformer_emulated::* are then there."""
 
@@ -23,6 +26,10 @@ class Emulation:
     def set_seed(self, seed: int) -> None:
         """The order in which blocks, warps and lanes run from now on."""
         self._library.tformer_set_emulation_seed(ctypes.c_uint64(seed))
+
+    def set_shared_bytes(self, count: int) -> None:
+        """Shared memory that a block of the emulated device may have."""
+        self._library.tformer_set_emulated_shared_bytes(ctypes.c_size_t(count))
 
     def run_wrapper(self, name, source, more, out, n=0, blocks=1, shared_bytes=0) -> str | None:
         """Runs a kernel of wrapper_kernels.cu on tensors; the error message, or None."""

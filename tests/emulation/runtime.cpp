@@ -7,10 +7,10 @@
 namespace tformer {
 namespace gpu {
 
-OnDevice::OnDevice(const Tensor& t) : stream_{nullptr, 0} {
-  static const Device kDevice{8, 0, 3, emulation::kMostSharedBytes};
+static Device emulated_device{8, 0, 3, emulation::kMostSharedBytes};
+
+OnDevice::OnDevice(const Tensor& t) : device_(&emulated_device), stream_{nullptr, 0} {
   check(t.is_cpu(), "the emulation runs on CPU tensors");
-  device_ = &kDevice;
 }
 
 void check_launch(Status status, const char* kernel) {
@@ -59,6 +59,10 @@ __attribute__((visibility("default"))) void tformer_set_emulation_seed(uint64_t 
 }
 __attribute__((visibility("default"))) const char* tformer_emulation_error() {
   return tformer::gpu::emulation::last_error();
+}
+
+__attribute__((visibility("default"))) void tformer_set_emulated_shared_bytes(size_t bytes) {
+  tformer::gpu::emulated_device.shared_bytes = bytes;
 }
 
 }  // extern "C"
