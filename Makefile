@@ -5,6 +5,8 @@
 #   make lint        formatters and linters, changing nothing;  make format: let them change files
 #   make bench       the benchmarks                                              (BENCH_ARGS=...)
 #   make sanitize    the quicker tests under the address and undefined-behaviour sanitizers
+#   make cuda        compiles the CUDA kernels too, without a GPU, and tests that build; needs a CUDA toolkit
+#   make gpu-check   on a machine with a GPU, with the Python that has torch: build, tests, sanitizer, benchmark
 #   make clean       removes what was built; the virtual environment stays
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +28,7 @@ bench: $(VENV)/demo.stamp build
 
 dev: $(VENV)/test.stamp $(VENV)/demo.stamp $(VENV)/dev.stamp build
 
-LINTED_CPP = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+LINTED_CPP = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -48,6 +50,23 @@ sanitize: $(VENV)/test.stamp
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest -m "not slow" $(addprefix --ignore tests/,test_build.py test_style.py test_readme.py test_bench.py test_demo.py) $(TEST_ARGS)
+
+# In a copy of the tree, as sanitize. The tests are those that could tell a difference without a GPU.
+CUDA_HOME ?= /usr/local/cuda
+cuda: $(VENV)/test.stamp
+	@if [ -x $(CUDA_HOME)/bin/nvcc ]; then $(MAKE) --no-print-directory cuda-build; \
+	else echo "no CUDA toolkit at CUDA_HOME=$(CUDA_HOME): the CUDA kernels are not compiled"; fi
+
+cuda-build:
+	mkdir -p build/cuda
+	cd build/cuda && rm -rf csrc tformer_ext tests
+	cp -a setup.py pyproject.toml csrc tformer_ext tests build/cuda
+	rm -f build/cuda/tformer_ext/*.so
+	cd build/cuda && CUDA_HOME=$(CUDA_HOME) TFORMER_CUDA=1 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/cuda && $(abspath $(BIN))/python -m pytest -q $(addprefix tests/,test_build.py test_info.py test_errors.py test_dropout.py) $(TEST_ARGS)
+
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info tformer_ext/*.so .pytest_cache .ruff_cache
@@ -71,5 +90,5 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 
-.PHONY: demo test bench dev lint format sanitize clean build
+.PHONY: demo test bench dev lint format sanitize cuda cuda-build gpu-check clean build
 .NOTPARALLEL:

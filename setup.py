@@ -2,6 +2,7 @@
 
 pyproject.toml holds everything that is not compilation. Environment variables read here:
   TFORMER_CUDA=auto|0|1    compile csrc/cuda? auto: if torch is a CUDA build and a CUDA toolkit is found
+  TFORMER_CUDA_ARCHS=80,90+PTX    for which GPUs; +PTX: also what the driver of a newer one compiles itself
   TFORMER_SANITIZE=address,undefined    compile with one or both of these sanitizers
   MAX_JOBS=n               files compiled at a time (default: the number of cores)
   CXX, CFLAGS              the C++ compiler, and flags put before ours
@@ -10,6 +11,7 @@ torch's BuildExtension compiles with one set of flags; each further set is a Gro
 a folder of its own.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -53,11 +55,9 @@ QUIET_AVX512_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 # Only the stable ABI of torch 2.11 may be used, so one binary serves every later torch.
 TORCH_MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
-# Folder of .cu files -> the machine code they are compiled to.
-CUDA_FLAGS = {
-    "csrc/cuda": ["-gencode=arch=compute_80,code=[sm_80,compute_80]"],
-    "csrc/cuda/sm90": ["-gencode=arch=compute_90a,code=sm_90a"],
-}
+# constexpr functions of the host's headers may be called in kernels.
+CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHS = "80,90+PTX"
 SANITIZERS = ("address", "undefined")
 
 
@@ -97,6 +97,18 @@ def cuda_toolkit_from_environment():
             raise SystemExit(f"TFORMER_CUDA=1: {home} is no CUDA toolkit (no cuda_runtime.h, nvcc); set CUDA_HOME")
         return home
     return home if found and torch.version.cuda else None
+
+
+def cuda_archs_from_environment():
+    """{machine code: nvcc flag} of the GPUs to compile for: {"sm_80": "-gencode=arch=compute_80,code=sm_80"}, say."""
+    setting, flags = os.environ.get("TFORMER_CUDA_ARCHS") or CUDA_ARCHS, {}
+    for word in setting.split(","):
+        number, plus, ptx = word.strip().partition("+")
+        if not number.isdigit() or int(number) < 80 or (plus and ptx != "PTX"):
+            raise SystemExit(f"TFORMER_CUDA_ARCHS: expected numbers from 80, like {CUDA_ARCHS}, got {setting!r}")
+        for code in (f"sm_{number}", *([f"compute_{number}"] if plus else [])):
+            flags[code] = f"-gencode=arch=compute_{number},code={code}"
+    return flags
 
 
 def find_ninja():
@@ -165,6 +177,7 @@ class Build(cpp_extension.BuildExtension):
         super().finalize_options()
         self.sanitizers = sanitizers_from_environment()
         self.cuda_toolkit = cuda_toolkit_from_environment()
+        self.cuda_archs = cuda_archs_from_environment() if self.cuda_toolkit else {}
         find_compiler()
         parts = [sys.implementation.cache_tag, f"torch{torch.__version__}", *self.sanitizers]
         if Path(torch.__file__).is_relative_to(tempfile.gettempdir()):
@@ -205,13 +218,16 @@ class Build(cpp_extension.BuildExtension):
         )
 
     def cuda_groups(self, host_flags):
-        """csrc/cuda: kernels by nvcc, a group per kind of machine code, and the operators by the host compiler."""
+        """csrc/cuda: the kernels by nvcc, the operators by the host compiler."""
         cpp_extension.CUDA_HOME = str(self.cuda_toolkit)  # None under a torch without CUDA, which does for compiling
-        nvcc_flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        groups = [Group("cuda", sorted(map(str, Path("csrc/cuda").glob("*.cpp"))), host_flags)]
-        for folder, flags in CUDA_FLAGS.items():
-            groups.append(Group(folder[5:], sorted(map(str, Path(folder).glob("*.cu"))), [*nvcc_flags, *flags]))
-        return [group for group in groups if group.sources]
+        kernels, operators = (sorted(map(str, Path("csrc/cuda").glob(f"*.{suffix}"))) for suffix in ("cu", "cpp"))
+        flags = [*CUDA_FLAGS, f"-I{ROOT / 'csrc/cuda'}", *self.cuda_archs.values()]
+        if torch.version.cuda is None:
+            # Only under a torch with CUDA do its ninja files know the headers of .cu files: here a change of any shows.
+            headers = [*Path("csrc/cuda").rglob("*.h"), *Path("csrc").glob("*.h")]
+            text = b"".join(file.read_bytes() for file in sorted(headers))
+            flags.append(f"-DTFORMER_HEADERS={hashlib.sha256(text).hexdigest()[:16]}")
+        return [Group("cuda/kernels", kernels, flags), Group("cuda", operators, host_flags)]
 
     def write_build_info(self, isas, debug):
         """Writes the C++ file behind _C.build_info(); returns its path. Kept unchanged if nothing changed."""
@@ -219,7 +235,7 @@ class Build(cpp_extension.BuildExtension):
             "version": self.distribution.get_version(),
             "commit": git_commit(),
             "torch": torch.__version__,
-            "cuda": self.cuda_toolkit is not None,
+            "cuda": list(self.cuda_archs),
             "sanitize": self.sanitizers,
             "flags": {isa: " ".join([*KERNEL_FLAGS, *flags, *debug]) for isa, flags in isas.items()},
         }

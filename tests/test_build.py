@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tformer_ext import _C
 
@@ -71,6 +72,7 @@ def test_headers_are_tracked():
     for file in build_folder().rglob("build.ninja"):
         text = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=True).stdout
         tracked |= {line.strip() for line in text.splitlines() if line.startswith("    ")}
+    # those of .cu files only torch's ninja files for a torch with CUDA know; setup.py has another way
     headers = {str(file) for file in (ROOT / "csrc").rglob("*.h") if "cuda" not in file.parts}
     assert headers <= tracked
 
@@ -156,6 +158,38 @@ def test_setup_refuses_bad_settings(environment, message, tmp_path):
     result = run_python("setup.py", "build_ext", "--build-lib", str(tmp_path), **environment)
     assert result.returncode != 0
     assert message in result.stderr
+
+
+@needs_sources
+@pytest.mark.parametrize("archs", ["70", "ninety", "90+SASS", "80,,90"])
+def test_setup_refuses_bad_cuda_archs(archs, tmp_path):
+    for file in ("include/cuda_runtime.h", "bin/nvcc"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    environment = {"TFORMER_CUDA": "1", "CUDA_HOME": str(tmp_path), "TFORMER_CUDA_ARCHS": archs}
+    result = run_python("setup.py", "build_ext", "--build-lib", str(tmp_path), **environment)
+    assert result.returncode != 0
+    assert f"TFORMER_CUDA_ARCHS: expected numbers from 80, like 80,90+PTX, got '{archs}'" in result.stderr
+
+
+needs_cuda_build = pytest.mark.skipif(not _C.build_info()["cuda"], reason="needs a build with CUDA kernels")
+
+
+@needs_cuda_build
+@needs_nm
+def test_cuda_build_loads_everywhere():
+    """No CUDA library is needed; what only a torch with CUDA has may be missing."""
+    needed = subprocess.run(["objdump", "-p", _C.__file__], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in needed.splitlines() if "NEEDED" in line and ("cuda" in line or "nv" in line)]
+    assert [line for line in symbols(Path(_C.__file__), "--dynamic") if " w aoti_torch_get_current_cuda_stream" in line]
+    assert Path(_C.__file__).stat().st_size < 40 << 20
+
+
+@needs_cuda_build
+def test_cuda_build_registers_its_operators():
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in ("_residual_norm_forward", "_residual_norm_inference", "_residual_norm_backward"):
+        assert has_kernel(f"tformer_ext::{name}", "CUDA")
 
 
 @needs_sources

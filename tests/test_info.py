@@ -30,7 +30,7 @@ def test_info_as_json(capsys):
     assert list(information) == ["tformer_ext", "build", "cpu", "torch", "system", "environment"]
     assert information["cpu"]["supported"] == _C.supported_isas()
     assert information["torch"]["version"] == torch.__version__
-    assert information["build"]["cuda kernels"] is _C.build_info()["cuda"]
+    assert information["build"]["cuda kernels"] == _C.build_info()["cuda"]
 
 
 def test_info_tells_the_environment(capsys, monkeypatch):

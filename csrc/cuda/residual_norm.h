@@ -36,8 +36,8 @@ gpu::Status launch_norm_forward(NormCall call, const NormDevice& device, gpu::St
 // Rows that partial_weight and partial_bias of launch_norm_backward must have.
 int64_t most_norm_partials(const NormDevice& device);
 
-// out[n] (N) of dtype[n] = partial[n] (blocks, N) of float (double if `wide`) summed over the blocks, in order; n = 0 is
-// the gradient of weight, 1 of bias, null where it is not wanted. The launch sets all but out and dtype.
+// out[n] (N) of dtype[n] = partial[n] (blocks, N), of float or double if `wide`, summed over the blocks in order.
+// n = 0: the gradient of weight, 1: of bias; null where it is not wanted. The launch sets all but out and dtype.
 struct NormSums {
   void* out[2];
   DType dtype[2];

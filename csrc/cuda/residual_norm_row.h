@@ -109,7 +109,7 @@ struct Row {
         aligned(reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * static_cast<int64_t>(sizeof(V)) % 16 == 0) {}
 };
 
-// A row of the call as seen by one of the threads that share it. T: type of x and y. R: type of the residual and the sum.
+// A row of the call as seen by one of the threads that share it. T: type of x and y. R: type of residual and sum.
 template <class T, class R>
 struct NormRow {
   using Real = RealOf<T>;
