@@ -118,8 +118,17 @@ def test_devices():
     class Elsewhere:
         device = torch.device("cuda")
 
-    with pytest.raises(NotImplementedError, match=r"query.*CPU.*cuda"):
-        tx.arguments.device_is_served(Elsewhere())
+    class Unserved:
+        device = torch.device("xpu")
+
+    with pytest.raises(NotImplementedError, match=r"query.*of attention for CPU.*xpu"):
+        tx.arguments.device_is_served(Unserved())
+    for name, operation in (("query", "attention"), ("x", "residual_norm")):
+        if tx.arguments.has_cuda_kernels(operation):
+            tx.arguments.device_is_served(Elsewhere(), name, operation)
+        else:
+            with pytest.raises(NotImplementedError, match=rf"{name}.*of {operation} for CPU tensors only.*cuda"):
+                tx.arguments.device_is_served(Elsewhere(), name, operation)
     with pytest.raises(ValueError, match="key: expected a tensor on cpu"):
         attention(key=K.to("meta"))
 

@@ -4,6 +4,7 @@ Every error names the argument, what was expected and what came. The checks read
 read where that costs nothing, on the CPU and outside torch.compile.
 """
 
+import functools
 import math
 from itertools import pairwise
 
@@ -33,12 +34,21 @@ def unit_stride(t):
     return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-def device_is_served(t):
-    """Raises where there are no kernels for the device of t."""
-    if t.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"query: this build of tformer_ext has kernels for CPU tensors only, got a tensor on {t.device}"
-        )
+@functools.cache
+def has_cuda_kernels(operation):
+    """Whether this build has kernels of the operation, "attention" or "residual_norm", for CUDA tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"tformer_ext::_{operation}_forward", "CUDA")
+
+
+def device_is_served(t, name="query", operation="attention"):
+    """Raises where there are no kernels of the operation for the device of t."""
+    device = t.device.type
+    if device in ("cpu", "meta") or (device == "cuda" and has_cuda_kernels(operation)):
+        return
+    devices = "CPU and CUDA tensors" if has_cuda_kernels(operation) else "CPU tensors only"
+    raise NotImplementedError(
+        f"{name}: this build of tformer_ext has kernels of {operation} for {devices}, got a tensor on {t.device}"
+    )
 
 
 def same_device(name, t, device):
@@ -143,10 +153,11 @@ def seed_tensor(seed, dropout_p, device):
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"dropout_seed: expected an int of 64 bits, got {seed}")
-        return torch.tensor(seed, dtype=torch.int64, device=device)
+        # full: a kernel writes it, where a copy would wait for the GPU and could not be captured into a graph
+        return torch.full((), seed, dtype=torch.int64, device=device)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(f"dropout_seed: expected one int64 element, got {seed.dtype} of shape {_shape(seed)}")
-    return seed
+    return seed if seed.device == device or device.type == "meta" else seed.to(device, non_blocking=True)
 
 
 def alibi(slopes, B, Hq, device):

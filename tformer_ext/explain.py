@@ -15,8 +15,9 @@ from .functional import attention
 class Explanation:
     """How tformer_ext.functional.attention runs a call. str() gives it as text.
 
-    backend: "cpu". isa: the instruction set of the kernels. product: how products are computed. vector_bytes: width of
-    a vector register. notes: what costs time and could be avoided, in words. call: shapes and options.
+    backend: "cpu" or "cuda". isa: the instruction set of the kernels; for "cuda" the GPU's, such as "sm_90".
+    product: how products are computed. vector_bytes: width of a vector register, or of a GPU thread's memory access.
+    notes: what costs time and could be avoided, in words. call: shapes and options.
     """
 
     backend: str
@@ -29,6 +30,9 @@ class Explanation:
     def __str__(self):
         lines = [self.call, f"{self.backend} kernels for {self.isa}: {self.product}, {self.vector_bytes}-byte vectors"]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+SECOND_DERIVATIVE = "a second derivative runs through the reference in PyTorch operations"
 
 
 def _check_options(query, key, value, options):
@@ -46,8 +50,11 @@ def explain(query, key, value, **options):
     check.check_qkv(query, key, value)
     check.device_is_served(query)
     _check_options(query, key, value, options)
+    notes, call = _copies(query, key, value), _describe(query, key, value, options)
+    if query.device.type == "cuda":
+        isa = "sm_{}{}".format(*torch.cuda.get_device_capability(query.device))
+        return Explanation("cuda", isa, _cuda_product(query.dtype), 16, (*notes, SECOND_DERIVATIVE), call)
     isa = _C.cpu_isa()
-    notes = []
     native_bf16 = isa == "avx512bf16"
     product = {
         torch.float64: "float64 multiply-add",
@@ -65,15 +72,11 @@ def explain(query, key, value, **options):
     supported = _C.supported_isas()
     if isa != supported[-1]:
         notes.append(f"kernels for {supported[-1]} are there and this CPU can run them, but {isa} was chosen")
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.shape[-1] != 1 and t.stride(-1) != 1:
-            notes.append(f"{name} is copied: its last dimension has stride {t.stride(-1)}, not 1")
     bias = options.get("bias")
     if bias is not None and bias.requires_grad:
         notes.append("the bias wants a gradient: where batches or heads share it, backward computes scores twice")
-    notes.append("a second derivative runs through the reference in PyTorch operations")
-    notes += operand_notes(query, key, value, options)
-    return Explanation("cpu", isa, product, _C.vector_bytes(), tuple(notes), _describe(query, key, value, options))
+    notes += [SECOND_DERIVATIVE, *operand_notes(query, key, value, options)]
+    return Explanation("cpu", isa, product, _C.vector_bytes(), tuple(notes), call)
 
 
 def _describe(query, key, value, options):
@@ -105,3 +108,18 @@ def explain_calls():
         yield explained
     finally:
         functional.attention = before
+
+
+def _copies(query, key, value):
+    tensors = (("query", query), ("key", key), ("value", value))
+    strided = [(name, t.stride(-1)) for name, t in tensors if t.shape[-1] != 1 and t.stride(-1) != 1]
+    return [f"{name} is copied: its last dimension has stride {stride}, not 1" for name, stride in strided]
+
+
+def _cuda_product(dtype):
+    return {
+        torch.float64: "float64 multiply-add",
+        torch.float32: "float32 multiply-add",
+        torch.float16: "tensor cores, float16 into float32",
+        torch.bfloat16: "tensor cores, bfloat16 into float32",
+    }[dtype]

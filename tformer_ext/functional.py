@@ -305,7 +305,7 @@ def _residual_norm(x, residual, weight, bias, rms, eps, dropout_p, seed, return_
     if isinstance(x, torch.Tensor) and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         x = x.float()  # as torch's norms do there
     dims, sum_dtype = check.check_norm(x, residual, weight, bias, residual_dtype)
-    check.device_is_served(x)
+    check.device_is_served(x, "x", "residual_norm")
     dropout_p = 0.0 if dropout_p == 0.0 else check.probability("dropout_p", dropout_p)
     seed = check.seed_tensor(seed, dropout_p, x.device)
     shape = x.shape

@@ -26,7 +26,8 @@ def philox(counter, seed, rounds=ROUNDS):
     seed: int or int64 tensor of one element; its low and high halves are the key.
     Returns four int64 tensors below 2**32.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) for c in counter))
+    device = next((c.device for c in counter if isinstance(c, torch.Tensor)), None)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter))
     seed = torch.as_tensor(seed, dtype=torch.int64, device=c0.device).reshape(())
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(rounds):
