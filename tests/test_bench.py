@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from tformer_ext.bench import accuracy, attention, bars, ceilings, files, harness, modules, norms, small
+from tformer_ext.bench import accuracy, attention, bars, ceilings, files, gpu, harness, modules, norms, small
 from tformer_ext.bench.job import COPY, OURS, Floor, Job
 from tformer_ext.bench.record import Record, best_peer, by_case
 from tformer_ext.commands import bench
@@ -278,3 +278,23 @@ def test_a_filter_that_matches_nothing_is_an_error(capsys, tmp_path):
 def test_names_of_jobs_are_unique():
     jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
     assert len({job.name for job in jobs}) == len(jobs) > 150
+
+
+def test_gpu_jobs_are_those_of_the_operations_that_are_there(monkeypatch):
+    monkeypatch.setattr(gpu, "has_cuda_kernels", lambda operation: operation == "residual_norm")
+    assert {job.group for job in gpu.jobs()} == {"norms"}
+    monkeypatch.setattr(gpu, "has_cuda_kernels", lambda operation: True)
+    jobs = list(gpu.jobs())
+    assert {job.group for job in jobs} == {"norms", "attention"}
+    assert len({job.name for job in jobs}) == len(jobs)
+    assert all(job.floor.fma > 0 or job.floor.bytes > 0 for job in jobs)
+
+
+def test_gpu_summary(capsys):
+    from rich.console import Console
+
+    ours = record(percent_of_floor=40.0)
+    peer = record(contender="SDPA cuDNN", median_us=150.0)
+    gpu.print_summary(Console(width=120), [ours, peer])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "grid" in line)
+    assert "1.50" in line and "40" in line

@@ -15,6 +15,11 @@ from .job import DTYPES, OURS, Floor, Job
 # Contenders that hold all scores are left out where these would be more elements than this.
 MOST_SCORES = 1 << 27
 SDPA = "torch SDPA"
+GPU_BACKENDS = {
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -92,16 +97,17 @@ def jobs() -> Iterator[Job]:
         for causal in (False, True):
             problem = Problem(*shape, causal=causal)
             for dtype in ("float32", "bfloat16"):
-                yield from _both(problem, dtype, "grid quick" if shape == (8, 12, 128, 64) else "grid")
+                yield from both(problem, dtype, "grid quick" if shape == (8, 12, 128, 64) else "grid")
     for dtype in ("float16", "float64"):
         for shape in ((8, 12, 128, 64), MAIN, (1, 32, 1024, 128)):
-            yield from _both(Problem(*shape), dtype, "other")
+            yield from both(Problem(*shape), dtype, "other")
     for problem in VARIANTS:
         for dtype in ("float32", "bfloat16"):
-            yield from _both(problem, dtype, "variant")
+            yield from both(problem, dtype, "variant")
 
 
-def _both(problem: Problem, dtype: str, tags: str) -> Iterator[Job]:
+def both(problem: Problem, dtype: str, tags: str) -> Iterator[Job]:
+    """The forward and the backward job; of decoding the forward one."""
     directions = ("forward",) if problem.kind == "decoding" else ("forward", "backward")
     words = [tags, problem.kind, f"S{problem.S}", f"D{problem.D}", "causal" if problem.causal else "full"]
     for direction in directions:
@@ -118,16 +124,23 @@ def make_contenders(problem: Problem, dtype: torch.dtype, direction: str, option
     draw = torch.Generator().manual_seed(0)
     p, backward = problem, direction == "backward"
     shapes = ((p.B, p.H, p.S, p.D), (p.B, p.Hk, p.Sk, p.D), (p.B, p.Hk, p.Sk, p.D))
-    qkv = [torch.randn(shape, generator=draw).to(dtype).requires_grad_(backward) for shape in shapes]
-    bias = torch.randn(1, p.H, p.S, p.Sk, generator=draw).to(dtype).requires_grad_(backward) if p.bias else None
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw).to(options.device, dtype)
+
+    qkv = [random(*shape).requires_grad_(backward) for shape in shapes]
+    bias = random(1, p.H, p.S, p.Sk).requires_grad_(backward) if p.bias else None
     calls = {OURS: _ours(p, qkv, bias), SDPA: _sdpa(p, qkv, bias)}
+    if options.device == "cuda":
+        for name, backend in GPU_BACKENDS.items():
+            calls[name] = _with_backend(calls[SDPA], backend)
     if p.B * p.H * p.S * p.Sk <= MOST_SCORES:
-        calls["SDPA math"] = _math(calls[SDPA])
+        calls["SDPA math"] = _with_backend(calls[SDPA], SDPBackend.MATH)
         calls["eager"] = _eager(p, qkv, bias)
         if options.compile:
             calls["compiled eager"] = torch.compile(calls["eager"])
     leaves = [*qkv, *([bias] if p.bias else [])]
-    grad_out = torch.randn(p.B, p.H, p.S, p.D, generator=draw).to(dtype)
+    grad_out = random(p.B, p.H, p.S, p.D)
     made = []
     for name, call in calls.items():
         run = _backward(call, leaves, grad_out) if backward else _without_gradient(call)
@@ -155,34 +168,34 @@ def _backward(call: Callable, leaves: list[torch.Tensor], grad_out: torch.Tensor
     return run
 
 
-def _mask(p: Problem) -> torch.Tensor | None:
+def _mask(p: Problem, device: str = "cpu") -> torch.Tensor | None:
     """Bool (B, 1, 1, Sk) of the padding or (Sq, Sk) of the window, for contenders that take no other form of it."""
     if p.padding:
-        return (torch.arange(p.Sk) < p.lengths().view(-1, 1)).view(p.B, 1, 1, p.Sk)
+        return (torch.arange(p.Sk) < p.lengths().view(-1, 1)).view(p.B, 1, 1, p.Sk).to(device)
     if p.window is not None:
         distance = torch.arange(p.S).view(-1, 1) - torch.arange(p.Sk)
-        return (distance >= 0) & (distance <= p.window)
+        return ((distance >= 0) & (distance <= p.window)).to(device)
     return None
 
 
 def _ours(p: Problem, qkv: list[torch.Tensor], bias: torch.Tensor | None) -> Callable:
     options = {"causal": p.causal, "dropout_p": p.dropout_p, "bias": bias}
     if p.padding:
-        options["mask"] = _mask(p)
+        options["mask"] = _mask(p, qkv[0].device)
     if p.window is not None:
         options["window"] = (p.window, 0)
     return lambda: F.attention(*qkv, **options)
 
 
 def _sdpa(p: Problem, qkv: list[torch.Tensor], bias: torch.Tensor | None) -> Callable:
-    mask = bias if p.bias else _mask(p)
+    mask = bias if p.bias else _mask(p, qkv[0].device)
     options = {"attn_mask": mask, "dropout_p": p.dropout_p, "enable_gqa": p.Hk != p.H}
     return lambda: scaled_dot_product_attention(*qkv, is_causal=p.causal and mask is None, **options)
 
 
-def _math(call: Callable) -> Callable:
+def _with_backend(call: Callable, backend: SDPBackend) -> Callable:
     def run():
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(backend):
             return call()
 
     return run
@@ -190,9 +203,9 @@ def _math(call: Callable) -> Callable:
 
 def _eager(p: Problem, qkv: list[torch.Tensor], bias: torch.Tensor | None) -> Callable:
     """The chain as a model without a fused kernel writes it."""
-    hidden = None if (mask := _mask(p)) is None else ~mask
+    hidden = None if (mask := _mask(p, qkv[0].device)) is None else ~mask
     if p.causal and p.window is None:
-        hidden = torch.ones(p.S, p.Sk, dtype=torch.bool).triu(1)
+        hidden = torch.ones(p.S, p.Sk, dtype=torch.bool, device=qkv[0].device).triu(1)
     scale, group = 1 / math.sqrt(p.D), p.H // p.Hk
 
     def run():

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,33 @@ def measure_ceilings(dtype: torch.dtype, threads: int, seconds: float = 0.02) ->
     name = str(dtype).removeprefix("torch.")
     fma, exp = (arithmetic_rate(kind, name, threads, seconds) for kind in ("fma", "exp"))
     return Ceilings(name, threads, fma, exp, copy_rate(3 * seconds))
+
+
+def measure_gpu_ceilings(dtype: torch.dtype, seconds: float = 0.05) -> Ceilings:
+    """The ceilings of the present GPU: what its library reaches in a large product of this dtype and in a large copy.
+
+    Exponentials are not counted: their units are not those of the products.
+    """
+    size = 2048 if dtype == torch.float64 else 8192
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    fma = 2 * size**3 / _fastest(lambda: torch.mm(a, b), seconds)
+    source = torch.ones(256 << 20, device="cuda", dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    copy = 2 * source.nbytes / _fastest(lambda: target.copy_(source), seconds)
+    return Ceilings(str(dtype).removeprefix("torch."), 0, fma, float("inf"), copy)
+
+
+def _fastest(call: Callable[[], object], seconds: float) -> float:
+    """Seconds on the GPU's clock of the fastest of several calls."""
+    best, begin = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - begin < seconds:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return best
 
 
 def arithmetic_rate(kind: str, dtype: str, threads: int, seconds: float) -> float:

@@ -56,6 +56,7 @@ class Options:
     budget: float = 0.6  # seconds for each contender of a case
     compile: bool = False  # also time torch.compile of the eager chain
     memory: bool = True  # also count what one call allocates
+    device: str = "cpu"  # where the contenders' tensors are
 
 
 @dataclass
@@ -89,45 +90,61 @@ def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
             for shift in range(len(plans)):
                 plan = plans[(n + shift) % len(plans)]
                 if plan.done < math.ceil((n + 1) * plan.rounds / total):
-                    _batch(plan)
+                    _batch(plan, options)
     for plan in plans:
         plan.timing.page_faults /= max(1, plan.timing.calls)
         if options.memory and plan.timing.median < 1.0:
-            plan.timing.extra_bytes = extra_bytes(plan.contender)
+            measured = extra_gpu_bytes if options.device == "cuda" else extra_bytes
+            plan.timing.extra_bytes = measured(plan.contender)
     return {plan.contender.name: plan.timing for plan in plans}
 
 
 def _plan(contender: Contender, options: Options) -> Plan:
     """Warms the contender up and spreads its budget."""
     plan = Plan(contender, Timing())
-    first = _timed(contender, 1)
+    first = _timed(contender, 1, options.device)
     if not contender.compiles and first > 4 * options.budget:
         plan.timing.seconds, plan.timing.calls = [first], 1
         return plan
-    second = _timed(contender, 1)
+    second = _timed(contender, 1, options.device)
     if second < BATCH_SECONDS:  # too short to judge by one call
-        second = min(second, _timed(contender, 10) / 10)
+        second = min(second, _timed(contender, 10, options.device) / 10)
     plan.inner = max(1, math.ceil(BATCH_SECONDS / second))
     plan.rounds = min(MOST_ROUNDS, max(3, int(options.budget / (second * plan.inner))))
     return plan
 
 
-def _batch(plan: Plan) -> None:
+def _batch(plan: Plan, options: Options) -> None:
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    plan.timing.seconds.append(_timed(plan.contender, plan.inner) / plan.inner)
+    plan.timing.seconds.append(_timed(plan.contender, plan.inner, options.device) / plan.inner)
     plan.timing.page_faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     plan.timing.calls += plan.inner
     plan.done += 1
 
 
-def _timed(contender: Contender, count: int) -> float:
+def _timed(contender: Contender, count: int, device: str) -> float:
     if contender.prepare is not None:
         contender.prepare()
     call = contender.call
+    if device == "cuda":
+        return _timed_by_events(call, count)
     start = time.perf_counter()
     for _ in range(count):
         call()
     return time.perf_counter() - start
+
+
+def _timed_by_events(call: Callable[[], object], count: int) -> float:
+    """Seconds on the GPU's clock from before the first call to after the last; what a call costs the host shows only
+    where the GPU has to wait for it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 @contextlib.contextmanager
@@ -157,6 +174,17 @@ def extra_bytes(contender: Contender) -> int:
     for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         held += change
         most = max(most, held)
+    del results
+    return most - held
+
+
+def extra_gpu_bytes(contender: Contender) -> int:
+    """As extra_bytes, of the memory of the GPU."""
+    if contender.prepare is not None:
+        contender.prepare()
+    torch.cuda.reset_peak_memory_stats()
+    results = contender.call()
+    most, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     del results
     return most - held
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .ceilings import Ceilings, measure_ceilings
+from .ceilings import Ceilings, measure_ceilings, measure_gpu_ceilings
 from .harness import Contender, Options, Timing, measure
 from .record import Record
 
@@ -36,12 +36,12 @@ class Floor:
         return max(self.fma / ceilings.fma + self.exp / ceilings.exp, moved)
 
 
-def copy_contender(total_bytes: float) -> Contender:
+def copy_contender(total_bytes: float, device: str) -> Contender:
     """Reads half of so many bytes and writes the other half: what the floor of a job that moves them is made of.
 
     Of the job's own size, so that caches help both alike.
     """
-    source, target = (torch.ones(max(1, int(total_bytes) // 8)) for _ in range(2))
+    source, target = (torch.ones(max(1, int(total_bytes) // 8), device=device) for _ in range(2))
     return Contender(COPY, lambda: target.copy_(source), is_peer=False)
 
 
@@ -63,7 +63,11 @@ class Job:
 
     def run(self, options: Options) -> Iterator[Record]:
         """Ceilings are measured right before, so that they meet the machine in the same state."""
-        ceilings = measure_ceilings(DTYPES[self.dtype], options.threads) if self.floor else None
+        ceilings = None
+        if self.floor:
+            dtype = DTYPES[self.dtype]
+            on_gpu = options.device == "cuda"
+            ceilings = measure_gpu_ceilings(dtype) if on_gpu else measure_ceilings(dtype, options.threads)
         contenders = self.contenders(options)
         timings = measure(contenders, options)
         for contender in contenders:

@@ -50,10 +50,11 @@ def jobs() -> Iterator[Job]:
         for problem in [*problems, Problem(M, N, return_residual=True, rms=True)]:
             for dtype in ("float32", "bfloat16"):
                 for direction in ("forward", "backward"):
-                    yield _job(problem, dtype, direction)
+                    yield job(problem, dtype, direction)
 
 
-def _job(problem: Problem, dtype: str, direction: str) -> Job:
+def job(problem: Problem, dtype: str, direction: str) -> Job:
+    """One direction of a problem."""
     size = DTYPES[dtype].itemsize
     out_of_cache = problem.M * problem.N * size >= last_level_cache()
     tags = ["norms", "memory" if out_of_cache else "cached", "dropout" if problem.dropout_p else "plain"]
@@ -71,21 +72,25 @@ def make_contenders(p: Problem, dtype: torch.dtype, direction: str, options: Opt
     """Ours and the eager chain on the same tensors, and a copy of as many bytes as they must move."""
     draw = torch.Generator().manual_seed(0)
     backward = direction == "backward"
-    x, residual = (torch.randn(p.M, p.N, generator=draw).to(dtype).requires_grad_(backward) for _ in range(2))
-    weight, bias = (torch.randn(p.N, generator=draw).to(dtype).requires_grad_(backward) for _ in range(2))
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw).to(options.device, dtype)
+
+    x, residual = (random(p.M, p.N).requires_grad_(backward) for _ in range(2))
+    weight, bias = (random(p.N).requires_grad_(backward) for _ in range(2))
     if p.rms:
         bias = None
     leaves = [t for t in (x, residual, weight, bias) if t is not None]
     calls = {OURS: _ours(p, x, residual, weight, bias), EAGER: _eager(p, x, residual, weight, bias)}
     if options.compile:
         calls["compiled eager"] = torch.compile(calls[EAGER])
-    grads = [torch.randn(p.M, p.N, generator=draw).to(dtype) for _ in range(1 + p.return_residual)]
+    grads = [random(p.M, p.N) for _ in range(1 + p.return_residual)]
     grads = tuple(grads) if p.return_residual else grads[0]
     made = []
     for name, call in calls.items():
         run = _backward(call, leaves, grads) if backward else _without_gradient(call)
         made.append(Contender(name, run, compiles=name.startswith("compiled")))
-    return [*made, copy_contender(p.floor(direction, dtype.itemsize).bytes)]
+    return [*made, copy_contender(p.floor(direction, dtype.itemsize).bytes, options.device)]
 
 
 def _ours(p: Problem, x, residual, weight, bias) -> Callable:

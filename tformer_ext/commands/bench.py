@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.6, metavar="SECONDS", help="for each contender of a job")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the eager chain too")
     parser.add_argument("--against", type=Path, metavar="CSV", help="an older run: list what got slower, what faster")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels to time")
     parser.add_argument("--no-plots", action="store_true", help="write no PNG files")
     options = parser.parse_args(argv)
     check(parser, options)
@@ -48,6 +49,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error(f"--budget: expected seconds above 0, got {options.budget}")
     if options.against and not options.against.is_file():
         parser.error(f"--against: expected a CSV file of an older run, got {options.against}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: cuda was chosen, but torch finds no GPU")
     options.output = options.output or (RESULTS if RESULTS.is_dir() else Path())
     if not options.output.is_dir():
         parser.error(f"--output: expected a folder that exists, got {options.output}")
@@ -59,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from tformer_ext import _C
-    from tformer_ext.bench import accuracy, files, plots, tables
+    from tformer_ext.bench import accuracy, files, gpu, plots, tables
     from tformer_ext.bench.bars import bars
 
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 160)
@@ -72,9 +75,10 @@ def run(options: argparse.Namespace) -> int:
     if not jobs:
         print(f"--filter: no job matches {options.filter!r}", file=sys.stderr)
         return 1
-    about = files.machine(options.threads)
+    on_gpu = options.device == "cuda"
+    about = files.machine(options.threads) | (gpu.about() if on_gpu else {})
     records = measure(console, jobs, options)
-    judged = bars(records, native_bf16=_C.cpu_isa() == "avx512bf16")
+    judged = [] if on_gpu else bars(records, native_bf16=_C.cpu_isa() == "avx512bf16")
     changed = files.changes(old, records)
     if options.json:
         print(files.as_json(about, records, judged))
@@ -82,11 +86,15 @@ def run(options: argparse.Namespace) -> int:
         for key, value in about.items():
             console.print(f"{key:>12}  {value}", highlight=False)
         tables.print_cases(console, records)
-        tables.print_errors(console, accuracy.errors())
-        tables.print_bars(console, judged)
+        if on_gpu:
+            gpu.print_summary(console, records)
+        else:
+            tables.print_errors(console, accuracy.errors())
+            tables.print_bars(console, judged)
         if options.against:
             tables.print_changes(console, changed, options.against.name)
-    stem = f"{re.sub(r'[^a-z0-9]+', '-', about['cpu'].lower()).strip('-')}-{about['isa']}-{about['date'][:10]}"
+    words = [about["gpu"]] if on_gpu else [about["cpu"], about["isa"]]
+    stem = re.sub(r"[^a-z0-9]+", "-", " ".join([*words, about["date"][:10]]).lower()).strip("-")
     written = [options.output / f"{stem}.csv"]
     files.write_csv(written[0], about, records)
     if not options.no_plots:
@@ -98,9 +106,12 @@ def run(options: argparse.Namespace) -> int:
 
 def chosen_jobs(options: argparse.Namespace) -> list:
     """All jobs, those that --quick and --filter leave."""
-    from tformer_ext.bench import attention, modules, norms, small
+    from tformer_ext.bench import attention, gpu, modules, norms, small
 
-    jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
+    if options.device == "cuda":
+        jobs = list(gpu.jobs())
+    else:
+        jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
     if options.quick:
         jobs = [job for job in jobs if "quick" in job.tags.split()]
     return [job for job in jobs if re.search(options.filter or "", job.name)]
@@ -113,7 +124,7 @@ def measure(console, jobs: list, options: argparse.Namespace) -> list:
     from tformer_ext.bench.harness import Options
 
     before = torch.get_num_threads()
-    settings = Options(threads=options.threads, budget=options.budget, compile=options.compile)
+    settings = Options(threads=options.threads, budget=options.budget, compile=options.compile, device=options.device)
     records = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     try:
