@@ -72,5 +72,22 @@ def build() -> Path:
     return LIBRARY
 
 
+def build_for_gpu() -> Path:
+    """The kernels of wrapper_kernels.cu as machine code of the present GPU. FileNotFoundError: without nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = Path(home, "bin", "nvcc")
+    if not nvcc.is_file():
+        raise FileNotFoundError(f"needs nvcc, {nvcc} is not there: set CUDA_HOME")
+    major, minor = torch.cuda.get_device_capability()
+    library = LIBRARY.with_name(f"wrappers-sm_{major}{minor}.so")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-shared", "-O2", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}"]
+    command = [nvcc, *flags, f"-I{ROOT / 'csrc/cuda'}", HERE / "wrapper_kernels.cu", "-o", library]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"wrapper_kernels.cu does not compile:\n{result.stderr[-4000:]}")
+    return library
+
+
 if __name__ == "__main__":
     print(build())

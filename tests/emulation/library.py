@@ -7,8 +7,12 @@ import torch
 from . import build
 
 
-def _address(t):
-    return None if t is None else t.data_ptr()
+def call_wrapper(library, name, tensors, numbers) -> int:
+    """The status of a kernel of wrapper_kernels.cu."""
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    status = library.tformer_run_wrapper(name.encode(), *pointers, *(ctypes.c_int64(i) for i in numbers), None)
+    assert status != -2, f"no kernel {name}"
+    return status
 
 
 MOST_SHARED_BYTES = 163 << 10
@@ -33,8 +37,18 @@ class Emulation:
 
     def run_wrapper(self, name, source, more, out, n=0, blocks=1, shared_bytes=0) -> str | None:
         """Runs a kernel of wrapper_kernels.cu on tensors; the error message, or None."""
-        pointers = [ctypes.c_void_p(_address(t)) for t in (source, more, out)]
-        numbers = [ctypes.c_int64(i) for i in (n, blocks, shared_bytes)]
-        status = self._library.tformer_run_wrapper(name.encode(), *pointers, *numbers, None)
-        assert status != -2, f"no kernel {name}"
+        status = call_wrapper(self._library, name, (source, more, out), (n, blocks, shared_bytes))
         return self._library.tformer_emulation_error().decode() if status else None
+
+
+class Hardware:
+    """wrapper_kernels.cu compiled by nvcc for the present GPU. FileNotFoundError: there is no toolkit."""
+
+    def __init__(self):
+        self._library = ctypes.CDLL(str(build.build_for_gpu()))
+
+    def run_wrapper(self, name, source, more, out, n=0, blocks=1, shared_bytes=0) -> str | None:
+        """As Emulation.run_wrapper, on CUDA tensors."""
+        status = call_wrapper(self._library, name, (source, more, out), (n, blocks, shared_bytes))
+        torch.cuda.synchronize()
+        return f"CUDA error {status}" if status else None
