@@ -1,5 +1,6 @@
 # Every target sets up all that it needs in a virtual environment: Python >= 3.10, make and a C++ compiler suffice.
 #   make demo        a pretrained BERT and a training run, stock against ours  (DEMO_ARGS=--quick: in short)
+#   make examples    trains, tests and times the four applications of examples/ (EXAMPLES_ARGS=--quick: in short)
 #   make test        the test suite                                              (TEST_ARGS="-k dropout -x")
 #   make dev         everything a developer needs; clangd finds build/compile_commands.json
 #   make lint        formatters and linters, changing nothing;  make format: let them change files
@@ -19,6 +20,10 @@ LEND = $(shell $(PYTHON) -c 'import sys, torch; print("--system-site-packages" *
 
 demo: $(VENV)/demo.stamp build
 	$(BIN)/python -m tformer_ext demo $(DEMO_ARGS)
+
+examples: $(VENV)/examples.stamp build
+	for name in simple_transformer translation summarization question_answering; do \
+	  $(BIN)/python examples/$$name.py $(EXAMPLES_ARGS) || exit 1; done
 
 test: $(VENV)/test.stamp build
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -49,7 +54,7 @@ sanitize: $(VENV)/test.stamp
 	cd build/sanitize && TFORMER_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  $(abspath $(BIN))/python -m pytest -m "not slow" $(addprefix --ignore tests/,test_build.py test_style.py test_readme.py test_bench.py test_demo.py) $(TEST_ARGS)
+	  $(abspath $(BIN))/python -m pytest -m "not slow" $(addprefix --ignore tests/,test_build.py test_style.py test_readme.py test_bench.py test_demo.py test_examples.py) $(TEST_ARGS)
 
 # In a copy of the tree, as sanitize. The tests are those that could tell a difference without a GPU.
 CUDA_HOME ?= /usr/local/cuda
@@ -90,5 +95,5 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 
-.PHONY: demo test bench dev lint format sanitize cuda cuda-build gpu-check clean build
+.PHONY: demo examples test bench dev lint format sanitize cuda cuda-build gpu-check clean build
 .NOTPARALLEL:
