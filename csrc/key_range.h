@@ -21,6 +21,15 @@ struct KeyRange {
   // Query i sees keys begin(i) <= j < end(i). Both grow with i, so a block of rows sees begin(first) .. end(last).
   constexpr int64_t begin(int64_t i) const { return left < 0 ? 0 : clip(diagonal(i) - left); }
   constexpr int64_t end(int64_t i) const { return right < 0 ? Sk : clip(diagonal(i) + right + 1); }
+
+  // Key j is seen by queries query_begin(j) <= i < query_end(j, Sq). Both grow with j.
+  constexpr int64_t query_begin(int64_t j) const {
+    return right < 0 || j - right < offset ? 0 : j - right - offset;
+  }
+  constexpr int64_t query_end(int64_t j, int64_t Sq) const {
+    const int64_t end = j + left + 1 - offset;
+    return left < 0 || end > Sq ? Sq : (end < 0 ? 0 : end);
+  }
 };
 
 }  // namespace tformer

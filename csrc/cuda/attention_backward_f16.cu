@@ -1,0 +1,4 @@
+#include "attention_backward_launch.h"
+
+template tformer::gpu::Status tformer::gpu::launch_dkv<tformer::gpu::f16>(const AttentionCall&, Stream);
+template tformer::gpu::Status tformer::gpu::launch_dq<tformer::gpu::f16>(const AttentionCall&, Stream);

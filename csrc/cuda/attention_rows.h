@@ -1,0 +1,131 @@
+// Single rows of results, a warp at a time and key by key: the way that leaves hidden pairs out one by one, for rows
+// whose products met NaN or infinity. Sixty times slower than tiles; a tensor without those never gets here.
+#pragma once
+
+#include "attention_dropout.h"
+#include "attention_launch.h"
+#include "attention_scores.h"
+
+namespace tformer::gpu {
+
+// A row spread over the lanes of a warp.
+template <class T>
+struct LaneRow {
+  using R = Real<T>;
+  static constexpr int kParts = kMostHeadDim / kWarp;
+  R x[kParts];
+
+  TFORMER_DEVICE LaneRow() {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) x[n] = 0;
+  }
+  TFORMER_DEVICE LaneRow(const T* from, int64_t width) {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) x[n] = lane() + n * kWarp < width ? widen(from[lane() + n * kWarp]) : R(0);
+  }
+  TFORMER_DEVICE R dot(const LaneRow& other) const {
+    R sum = 0;
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) sum = fma(x[n], other.x[n], sum);
+    for (int step = kWarp / 2; step; step /= 2) sum += shuffle_xor(sum, step);
+    return sum;
+  }
+  TFORMER_DEVICE void add(R by, const LaneRow& other) {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) x[n] = fma(by, other.x[n], x[n]);
+  }
+  TFORMER_DEVICE void scale(R by) {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) x[n] *= by;
+  }
+  template <class To>
+  TFORMER_DEVICE void store(To* to, int64_t width) const {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) {
+      if (lane() + n * kWarp < width) to[lane() + n * kWarp] = narrow<To>(x[n]);
+    }
+  }
+};
+
+template <class T, bool kPlain>
+struct RowForward {
+  using R = Real<T>;
+  const Scores<T, kPlain>& scores;
+  const AttentionParams& p;
+  const Sequence& seq;
+  const int64_t b, h, kv_head, i;
+  const LaneRow<T> q;
+  LaneRow<T> o;
+  R m = -kInfinity<R>, l = 0;
+
+  TFORMER_DEVICE RowForward(const Scores<T, kPlain>& scores_, const Sequence& seq_, int64_t b_, int64_t h_, int64_t i_)
+      : scores(scores_),
+        p(scores_.p),
+        seq(seq_),
+        b(b_),
+        h(h_),
+        kv_head(h_ / (p.Hq / p.Hk)),
+        i(i_),
+        q(row_at<const T>(p.q, b_, h_, seq_.q_begin + i_), p.D) {}
+
+  TFORMER_DEVICE void add_key(int64_t j) {
+    const LaneRow<T> k(row_at<const T>(p.k, b, kv_head, seq.k_begin + j), p.D);
+    R cap;
+    const R x = scores.score(q.dot(k), i, j, cap);
+    if (x == -kInfinity<R>) return;
+    const R weight = add_weight(x * scores.unit);
+    const LaneRow<T> v(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
+    const bool kept = kPlain || p.dropout_p <= 0 || is_kept(p, b, h, i, j);
+    o.add(kept ? weight : R(0), v);
+  }
+
+  // Takes part in the sum of weights; returns its weight.
+  TFORMER_DEVICE R add_weight(R x) {
+    const R m_new = maximum(m, x);
+    if (m_new != m) {
+      const R rescale = Exponent<T>::power(m - m_new);
+      l *= rescale;
+      o.scale(rescale);
+      m = m_new;
+    }
+    const R weight = Exponent<T>::power(x - (m == -kInfinity<R> ? R(0) : m));
+    l += weight;
+    return weight;
+  }
+
+  template <class To>
+  TFORMER_DEVICE void store(To* to) {
+    const R kept = !kPlain && p.dropout_p > 0 ? static_cast<R>(dropout_scale(p.dropout_p)) : R(1);
+    if (l != 0) o.scale(kept / l);
+    o.store(to, p.Dv);
+  }
+};
+
+// What one pair adds to gradients: p and ds of the formulas in attention_backward.h.
+template <class R>
+struct PairGradient {
+  R p, ds;
+};
+
+template <class T, bool kPlain>
+TFORMER_DEVICE bool pair_gradient(const Scores<T, kPlain>& scores, int64_t b, int64_t h, int64_t i, int64_t j,
+                                  int64_t row, const LaneRow<T>& q, const LaneRow<T>& k, const LaneRow<T>& grad_o,
+                                  const LaneRow<T>& v, PairGradient<Real<T>>& out) {
+  using R = Real<T>;
+  const AttentionParams& p = scores.p;
+  R cap;
+  const R x = scores.score(q.dot(k), i, j, cap);
+  R dp = grad_o.dot(v);
+  if (x == -kInfinity<R>) return false;
+  const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + row;
+  out.p = Exponent<T>::power(fma(x, scores.unit, -exponent_of_lse<T>(static_cast<const R*>(p.lse)[at])));
+  R kept = 1;
+  if (!kPlain && p.dropout_p > 0) {
+    kept = is_kept(p, b, h, i, j) ? static_cast<R>(dropout_scale(p.dropout_p)) : R(0);
+  }
+  out.ds = out.p * (dp * kept - static_cast<R>(p.delta[at])) * cap * scores.scale;
+  out.p *= kept;
+  return true;
+}
+
+}  // namespace tformer::gpu
