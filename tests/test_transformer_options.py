@@ -194,6 +194,21 @@ def test_decoding_with_masks():
             model(x[:, :1], memory, mask[:1, :1], cache=cache)
 
 
+def test_decoding_with_causal_hints():
+    """With a cache the rows of a mask are not the first ones, so that the hint says nothing about them."""
+    model = tx.TransformerDecoder(tx.TransformerDecoderLayer(E, H, FF, 0.0, batch_first=True), 1)
+    x, memory = torch.randn(2, S, E), torch.randn(2, S, E)
+    mask = attention_mask("causal bool")
+    hints = {"tgt_is_causal": True, "memory_is_causal": True}
+    full, cache = model(x, memory, mask, mask, **hints), tx.KeyValueCache()
+    with torch.no_grad():
+        outs = [
+            model(x[:, a:b], memory, mask[a:b, :b], mask[a:b], **hints, cache=cache)
+            for a, b in ((0, 2), (2, 3), (3, S))
+        ]
+    torch.testing.assert_close(torch.cat(outs, 1), full)
+
+
 def test_beams_and_going_back():
     model = tx.TransformerDecoder(tx.TransformerDecoderLayer(E, H, FF, 0.0, batch_first=True), 2).eval()
     x, memory = torch.randn(3, T, E), torch.randn(3, S, E)

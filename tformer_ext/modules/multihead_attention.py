@@ -260,8 +260,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.alibi:
             options["alibi_slopes"] = alibi_slopes(H, q.device)
         by_length = not options
-        # is_causal is a promise about attn_mask: torch takes it at its word just where nothing else is masked
-        hint = is_causal and key_padding_mask is None and attn_mask is not None
+        # is_causal is a promise about attn_mask: torch takes it at its word just where nothing else is masked; with a
+        # cache the rows of the mask are not the first ones
+        hint = is_causal and key_padding_mask is None and attn_mask is not None and cache is None
         if (hint and (by_length or L == S)) or (L == S and is_causal_mask(attn_mask)):
             attn_mask = None
             options["causal"] = "upper_left"
