@@ -54,14 +54,16 @@ def _product(x, weight, bias, activation="none"):
 
 def _is_for_onednn(x, weight, bias):
     """Whether oneDNN takes these, and is faster: not for small products, which cost less than its call."""
-    if torch.compiler.is_compiling() or not _is_plain_tensor(x) or not _is_plain_tensor(weight):
+    if torch.compiler.is_compiling():
         return False
-    rows, size = x.numel() // max(1, x.shape[-1]), weight.numel()
+    if weight.numel() < 1 << 19 and x.numel() * weight.shape[0] < 1 << 23:
+        return False
     return (
-        rows > 0
-        and (rows * size >= 1 << 23 or size >= 1 << 19)
+        _is_plain_tensor(x)
+        and _is_plain_tensor(weight)
         and x.dtype == weight.dtype
         and (bias is None or (bias.dtype == x.dtype and _is_plain_tensor(bias)))
+        and x.numel() > 0
         and x.shape[-1] == weight.shape[-1]
         and x.dtype in _onednn_dtypes()
         and torch._C._get_mkldnn_enabled()
