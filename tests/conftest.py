@@ -33,6 +33,8 @@ def threads():
 @pytest.fixture(scope="session")
 def emulation_library():
     """The CUDA kernels compiled for the host, and loaded."""
+    if _C.build_info()["sanitize"]:
+        pytest.skip("sanitizers do not know the emulation's stacks")
     if not (ROOT / "csrc").is_dir():
         pytest.skip("needs the source tree")
     from emulation.library import Emulation

@@ -65,14 +65,18 @@ def sanitize() -> str:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return "left out: there is no compute-sanitizer"
-    command = [tool, "--tool", "memcheck", sys.executable, "-c", "import torch; torch.ones(1).cuda()"]
-    trial = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "ERROR SUMMARY: 0 errors" not in trial.stdout:
+    # torch's own kernels are not looked at, where this version has a way to say so
+    for choice in (["--kernel-name", "kns=tformer"], []):
+        command = [tool, "--tool", "memcheck", *choice, sys.executable, "-c", "import torch; torch.ones(1).cuda()"]
+        trial = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "ERROR SUMMARY: 0 errors" in trial.stdout:
+            break
+    else:
         return f"left out: compute-sanitizer does not work here: {(trial.stdout + trial.stderr).strip()[-200:]}"
     outcomes = []
     for sanitizer in SANITIZERS:
         outcomes.append(
-            run(tool, "--tool", sanitizer, "--error-exitcode", "1", "--kernel-regex", "kns=tformer",
+            run(tool, "--tool", sanitizer, "--error-exitcode", "1", *choice,
                 sys.executable, SANITIZED, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         )  # fmt: skip
     return "passed" if set(outcomes) == {"passed"} else "FAILED"

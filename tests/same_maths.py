@@ -49,9 +49,9 @@ def yardsticks(qkv, options, cotangents, dtype):
     """
     results = []
     for seed in range(4):
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         D, Dv = qkv[0].shape[3], qkv[2].shape[3]
-        order, order_v = torch.randperm(D, generator=draw), torch.randperm(Dv, generator=draw)
+        order, order_v = (torch.randperm(n, generator=draw, device="cpu") for n in (D, Dv))
         permuted = [t[..., o] for t, o in zip(qkv, (order, order, order_v), strict=True)]
         leaves, keywords = in_dtype(permuted, options, dtype, True)
         cotangent = (cotangents[0][..., order_v], cotangents[1])

@@ -73,9 +73,9 @@ def yardsticks(specification, tensors, options, cotangents):
     """The same maths with its sums in several orders: rows and columns permuted, where no dropout counts them."""
     results = []
     for seed in range(4 if "dropout_p" not in options else 1):
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         M, N = cotangents[0].shape
-        rows, columns = torch.randperm(M, generator=draw), torch.randperm(N, generator=draw)
+        rows, columns = (torch.randperm(n, generator=draw, device="cpu") for n in (M, N))
         if "dropout_p" in options:
             rows, columns = torch.arange(M), torch.arange(N)
 

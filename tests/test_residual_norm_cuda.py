@@ -130,6 +130,20 @@ def test_bits_do_not_depend_on_shared_memory(emulated, dtype):
         emulated.set_shared_bytes(163 << 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 7), (5, 64), (2, 1001), (2, 8200)], ids=str)
+def test_nothing_past_the_inputs_is_read(emulated, dtype, shape):
+    tensors, options = inputs(shape, dtype, "dropout returned")
+    guarded = [emulated.guarded(t) for t in tensors]
+    cotangents = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    expected = run(LAYER[0], tensors, options, cotangents)
+    leaves = [t.requires_grad_() for t in guarded]
+    y, h = LAYER[0](*leaves, **options)
+    grads = torch.autograd.grad((y, h), leaves, [emulated.guarded(t) for t in cotangents])
+    for a, b in zip((y, h, *grads), (*expected[0], *expected[1]), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_sum_is_that_of_the_cpu(emulated, monkeypatch):
     """h is rounded once on every backend."""
     x, residual = torch.randn(12, 300).bfloat16(), torch.randn(12, 300).bfloat16()

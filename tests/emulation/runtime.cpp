@@ -61,6 +61,12 @@ __attribute__((visibility("default"))) const char* tformer_emulation_error() {
   return tformer::gpu::emulation::last_error();
 }
 
+__attribute__((visibility("default"))) void* tformer_take_guarded(size_t bytes) {
+  return tformer::BlockCache::instance().take(bytes);
+}
+__attribute__((visibility("default"))) void tformer_give_back_guarded(void* data) {
+  tformer::BlockCache::instance().give_back(data, 0);
+}
 __attribute__((visibility("default"))) void tformer_set_emulated_shared_bytes(size_t bytes) {
   tformer::gpu::emulated_device.shared_bytes = bytes;
 }

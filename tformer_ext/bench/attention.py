@@ -121,12 +121,12 @@ def both(problem: Problem, dtype: str, tags: str) -> Iterator[Job]:
 
 def make_contenders(problem: Problem, dtype: torch.dtype, direction: str, options: Options) -> list[Contender]:
     """Ours first; each works on the same tensors, in backward with a graph of its own."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(options.device).manual_seed(0)
     p, backward = problem, direction == "backward"
     shapes = ((p.B, p.H, p.S, p.D), (p.B, p.Hk, p.Sk, p.D), (p.B, p.Hk, p.Sk, p.D))
 
     def random(*shape):
-        return torch.randn(shape, generator=draw).to(options.device, dtype)
+        return torch.randn(shape, generator=draw, device=options.device).to(dtype)
 
     qkv = [random(*shape).requires_grad_(backward) for shape in shapes]
     bias = random(1, p.H, p.S, p.Sk).requires_grad_(backward) if p.bias else None
@@ -138,6 +138,7 @@ def make_contenders(problem: Problem, dtype: torch.dtype, direction: str, option
         calls["SDPA math"] = _with_backend(calls[SDPA], SDPBackend.MATH)
         calls["eager"] = _eager(p, qkv, bias)
         if options.compile:
+            torch.compiler.reset()  # what earlier cases left would count towards the limit of recompilations
             calls["compiled eager"] = torch.compile(calls["eager"])
     leaves = [*qkv, *([bias] if p.bias else [])]
     grad_out = random(p.B, p.H, p.S, p.D)

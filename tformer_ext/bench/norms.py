@@ -70,11 +70,11 @@ def job(problem: Problem, dtype: str, direction: str) -> Job:
 
 def make_contenders(p: Problem, dtype: torch.dtype, direction: str, options: Options) -> list[Contender]:
     """Ours and the eager chain on the same tensors, and a copy of as many bytes as they must move."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(options.device).manual_seed(0)
     backward = direction == "backward"
 
     def random(*shape):
-        return torch.randn(shape, generator=draw).to(options.device, dtype)
+        return torch.randn(shape, generator=draw, device=options.device).to(dtype)
 
     x, residual = (random(p.M, p.N).requires_grad_(backward) for _ in range(2))
     weight, bias = (random(p.N).requires_grad_(backward) for _ in range(2))
@@ -83,6 +83,7 @@ def make_contenders(p: Problem, dtype: torch.dtype, direction: str, options: Opt
     leaves = [t for t in (x, residual, weight, bias) if t is not None]
     calls = {OURS: _ours(p, x, residual, weight, bias), EAGER: _eager(p, x, residual, weight, bias)}
     if options.compile:
+        torch.compiler.reset()  # what earlier cases left would count towards the limit of recompilations
         calls["compiled eager"] = torch.compile(calls[EAGER])
     grads = [random(p.M, p.N) for _ in range(1 + p.return_residual)]
     grads = tuple(grads) if p.return_residual else grads[0]

@@ -1,7 +1,8 @@
 """`python -m tformer_ext selfcheck`: do the kernels of this machine compute what the reference says?
 
-Every instruction set that the CPU has, every dtype, each operation forward and backward, against the reference in
-float64. An error may be as large as a few roundings in that dtype; what is printed is its share of that.
+Every instruction set that the CPU has and, if there are kernels for it, the GPU; every dtype, each operation forward
+and backward, against the reference in float64. An error may be as large as a few roundings in that dtype; what is
+printed is its share of that.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tformer_ext import _C, functional, reference
+from tformer_ext.arguments import has_cuda_kernels
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A broken kernel is wrong by far more than this many times the dtype's epsilon (of the largest element), a sound one by
@@ -82,13 +84,19 @@ def outcomes() -> Iterator[Outcome]:
             yield Outcome(isa, str(dtype).removeprefix("torch."), check.name, largest_error(check, dtype))
     finally:
         _C.set_cpu_isa(before)
+    if torch.cuda.is_available():
+        gpu = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        for dtype, check in itertools.product(DTYPES, CHECKS):
+            if has_cuda_kernels("attention" if check.operation == "attention" else "residual_norm"):
+                yield Outcome(gpu, str(dtype).removeprefix("torch."), check.name, largest_error(check, dtype, "cuda"))
 
 
-def largest_error(check: Check, dtype: torch.dtype) -> float:
+def largest_error(check: Check, dtype: torch.dtype, device: str = "cpu") -> float:
     """Of the output and all gradients, each as a share of what it may be."""
     draw = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in check.inputs.items()}
-    actual = output_and_gradients(getattr(functional, check.operation), inputs, check.options)
+    there = {name: t.to(device) for name, t in inputs.items()}
+    actual = [t.cpu() for t in output_and_gradients(getattr(functional, check.operation), there, check.options)]
     wide = {name: t.double() for name, t in inputs.items()}
     expected = output_and_gradients(getattr(reference, check.operation), wide, check.options)
     worst = 0.0
@@ -106,5 +114,5 @@ def output_and_gradients(
     leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
     out = operation(**leaves, **options)
     draw = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=draw).bfloat16().to(out.dtype)
+    cotangent = torch.randn(out.shape, generator=draw).bfloat16().to(out.device, out.dtype)
     return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), cotangent)]
