@@ -41,6 +41,12 @@ void check_devices(const Tensor& query, const Tensors&... others) {
   check((on_device_of(query, others) && ...), "expected all tensors on the device of query");
 }
 
+void check_sizes(const AttentionParams& p) {
+  check(std::max(p.D, p.Dv) <= kMostHeadDim, "query, value: expected head dimensions up to ", kMostHeadDim,
+        " on CUDA, got ", p.D, " and ", p.Dv);
+  check(std::max(p.Sq, p.Sk) <= kMostPositions, "query, key: expected lengths up to ", kMostPositions, " on CUDA");
+}
+
 // Long keys and few queries, as in decoding, would keep a part of the GPU only: the keys are split, and the parts
 // merged in their order. Sizes alone decide, so the bits are the same on every GPU.
 void choose_splits(AttentionCall& call) {
@@ -64,8 +70,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
       attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
   check_devices(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
   set_options(p, query, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
-  check(std::max(p.D, p.Dv) <= kMostHeadDim, "query, value: expected head dimensions up to ", kMostHeadDim,
-        " on CUDA, got ", p.D, " and ", p.Dv);
+  check_sizes(p);
   Tensor out = empty_in_order_of(query, {query.size(0), p.Hq, query.size(2), p.Dv});
   Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
   p.o = rows_of(out, p.cu_seqlens_q);
@@ -175,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_devices(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, grad_out,
                 grad_lse, out, lse);
   set_options(p, query, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
-  check(std::max(p.D, p.Dv) <= kMostHeadDim, "query, value: expected head dimensions up to ", kMostHeadDim, " on CUDA");
+  check_sizes(p);
   check_gradients(p, query, grad_out, out, lse, grad_lse);
   p.o = rows_of(out, p.cu_seqlens_q);
   p.grad_o = rows_of(grad_out, p.cu_seqlens_q);
@@ -196,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                  aligned(p.grad_v, grad_value);
   BiasGradient bias_gradient(call, bias, bias_needs_grad);
   check_launch(launch_attention_delta(call, on.stream()), "attention delta");
-  Tensor grad_sinks = empty({sinks.has_value() ? p.Hq : 0}, sinks.has_value() ? ScalarType::Double : ScalarType::Float,
-                            query);
+  Tensor grad_sinks =
+      empty({sinks.has_value() ? p.Hq : 0}, sinks.has_value() ? ScalarType::Double : ScalarType::Float, query);
   if (sinks.has_value()) {
     call.grad_sinks = static_cast<double*>(grad_sinks.mutable_data_ptr());
     check_launch(launch_attention_sinks(call, on.stream()), "attention sinks");

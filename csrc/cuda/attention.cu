@@ -181,7 +181,8 @@ gpu::Status launch_attention_forward(const AttentionCall& call, gpu::Stream stre
 }
 
 gpu::Status launch_attention_dkv(const AttentionCall& call, gpu::Stream stream) {
-  return gpu::for_dtype(call.p.dtype, [&](auto t) { return gpu::launch_dkv<typename decltype(t)::type>(call, stream); });
+  return gpu::for_dtype(call.p.dtype,
+                        [&](auto t) { return gpu::launch_dkv<typename decltype(t)::type>(call, stream); });
 }
 
 gpu::Status launch_attention_dq(const AttentionCall& call, gpu::Stream stream) {

@@ -30,18 +30,18 @@ struct Differentiated {
 // One pair: the product q.k and dp of its row and column become p and ds. `visible`: by position.
 template <class T, bool kPlain>
 TFORMER_DEVICE Differentiated<Real<T>> differentiate(const Scores<T, kPlain>& scores, Real<T> product, Real<T> dp,
-                                                     Real<T> lse, Real<T> delta, Real<T> kept, bool visible, int64_t i,
-                                                     int64_t j) {
+                                                     Real<T> lse, Real<T> delta, Real<T> kept, bool visible, int i,
+                                                     int j) {
   using R = Real<T>;
   if constexpr (kPlain) {
-    const R p = Exponent<T>::power(fma(visible ? product : -kInfinity<R>, scores.unit, -lse));
+    const R p = scores.weight(visible ? product : -kInfinity<R>, lse);
     return {p, p * (dp - delta), R(0)};
   } else {
     if (!visible) return {R(0), R(0), R(0)};
     R cap;
     const R x = scores.score(product, i, j, cap);
     if (x == -kInfinity<R>) return {R(0), R(0), R(0)};
-    const R p = Exponent<T>::power(fma(x, scores.unit, -lse));
+    const R p = scores.weight(x, lse);
     const R ds = p * (dp * kept - delta);
     return {p * kept, ds * cap, ds};
   }

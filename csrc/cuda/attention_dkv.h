@@ -19,21 +19,21 @@ struct AttentionKeyGradients {
   using P = Products<T, kLaneRows>;
   using KeyTile = SharedTile<T, kRows, kWidth>;
   using QueryTile = SharedTile<T, kQueries, kWidth>;
-  static constexpr int kWords = kRows > kPhiloxBlock ? kRows / static_cast<int>(kPhiloxBlock) : 1;
+  static constexpr int kWords = kRows > kKeepBlock ? kRows / kKeepBlock : 1;
   using Keep = KeepBits<kQueries, kWords>;
-  static constexpr int kStageBytes = 2 * QueryTile::kBytes + 2 * kQueries * static_cast<int>(sizeof(R)) +
-                                     (kPlain ? 0 : Keep::kBytes);
+  static constexpr int kStageBytes =
+      2 * QueryTile::kBytes + 2 * kQueries * static_cast<int>(sizeof(R)) + (kPlain ? 0 : Keep::kBytes);
   static constexpr size_t kSharedBytes = 2 * KeyTile::kBytes + kStages * kStageBytes;
 
   const AttentionCall& call;
   const AttentionParams& p;
-  const Sequence seq;
-  const int64_t b, kv_head, group;
-  const int64_t j0, row0;  // first key of the block, of the warp
+  const Positions seq;
+  const int b, kv_head, group;
+  const int j0, row0;  // first key of the block, of the warp
   const KeptScale<R> kept;
   const KeyTile k, v;
   char* const stages;
-  int64_t query_begin, tiles;  // of each head
+  int query_begin, tiles;  // of each head
 
   static TFORMER_DEVICE void run(const AttentionCall& call, char* shared) {
     Work work = work_of(call.grid, block_index<0>());
@@ -44,25 +44,26 @@ struct AttentionKeyGradients {
     } else {
       b = work.head / p.Hk, h = work.head % p.Hk;
     }
-    AttentionKeyGradients(call, b, h, work.tile * kRows, shared).attend();
+    AttentionKeyGradients(call, static_cast<int>(b), static_cast<int>(h), static_cast<int>(work.tile) * kRows, shared)
+        .attend();
   }
 
-  TFORMER_DEVICE AttentionKeyGradients(const AttentionCall& call_, int64_t b_, int64_t h, int64_t first, char* shared)
+  TFORMER_DEVICE AttentionKeyGradients(const AttentionCall& call_, int b_, int h, int first, char* shared)
       : call(call_),
         p(call_.p),
         seq(sequence_of(p, b_)),
         b(b_),
         kv_head(h),
-        group(p.Hq / p.Hk),
+        group(static_cast<int>(p.Hq / p.Hk)),
         j0(first),
         row0(first + warp() * kWarpRows),
         kept(p),
         k{shared},
         v{shared + KeyTile::kBytes},
         stages(shared + 2 * KeyTile::kBytes) {
-    const KeyRange range(p, seq);
-    const int64_t j1 = smaller(j0 + kRows, seq.Sk);
-    const int64_t end = j0 < j1 ? range.query_end(j1 - 1, seq.Sq) : 0;
+    const KeyRangeOf<int> range(p, sequence_of(p, b));
+    const int j1 = smaller(j0 + kRows, seq.Sk);
+    const int end = j0 < j1 ? range.query_end(j1 - 1, seq.Sq) : 0;
     query_begin = range.query_begin(j0) / kQueries * kQueries;
     tiles = end > query_begin ? (end - query_begin + kQueries - 1) / kQueries : 0;
   }
@@ -73,29 +74,31 @@ struct AttentionKeyGradients {
     R *lse, *delta;
     Keep keep;
   };
-  TFORMER_DEVICE Stage stage(int64_t step) const {
+  TFORMER_DEVICE Stage stage(int step) const {
     char* data = stages + step % kStages * kStageBytes;
     R* lse = reinterpret_cast<R*>(data + 2 * QueryTile::kBytes);
     return {{data}, {data + QueryTile::kBytes}, lse, lse + kQueries, {reinterpret_cast<char*>(lse + 2 * kQueries)}};
   }
-  TFORMER_DEVICE int64_t head(int64_t step) const { return kv_head * group + step / tiles; }
-  TFORMER_DEVICE int64_t first_query(int64_t step) const { return query_begin + step % tiles * kQueries; }
+  TFORMER_DEVICE int head(int step) const { return kv_head * group + step / tiles; }
+  TFORMER_DEVICE int first_query(int step) const { return query_begin + step % tiles * kQueries; }
 
-  TFORMER_DEVICE void load(int64_t step) const {
+  TFORMER_DEVICE void load(int step) const {
     const Stage to = stage(step);
-    const int64_t h = head(step), i0 = first_query(step), rows = seq.Sq - i0;
+    const int h = head(step), i0 = first_query(step), rows = seq.Sq - i0;
     const bool aligned = kPlain || call.aligned;
-    to.q.template load<kThreads>(row_at<const T>(p.q, b, h, seq.q_begin + i0), p.q.stride[2], rows, p.D, aligned);
-    to.grad_o.template load<kThreads>(row_at<const T>(p.grad_o, b, h, seq.q_begin + i0), p.grad_o.stride[2], rows, p.Dv,
-                                      aligned);
+    to.q.template load<kThreads>(row_at<const T>(p.q, b, h, seq.q_begin + i0), p.q.stride[2], rows,
+                                 static_cast<int>(p.D), aligned);
+    to.grad_o.template load<kThreads>(row_at<const T>(p.grad_o, b, h, seq.q_begin + i0), p.grad_o.stride[2], rows,
+                                      static_cast<int>(p.Dv), aligned);
     copy_async_commit();
+    const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
     const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin + i0;
     for (int n = thread_index(); n < kQueries; n += kThreads) {
-      to.lse[n] = n < rows ? exponent_of_lse<T>(static_cast<const R*>(p.lse)[at + n]) : kInfinity<R>;
+      to.lse[n] = n < rows ? scores.held_lse(static_cast<const R*>(p.lse)[at + n]) : kInfinity<R>;
       to.delta[n] = n < rows ? static_cast<R>(p.delta[at + n]) : R(0);
     }
     if constexpr (!kPlain) {
-      if (kept.dropout) to.keep.template draw<kThreads>(p, b, h, i0, j0 / kPhiloxBlock * kPhiloxBlock);
+      if (kept.dropout) to.keep.template draw<kThreads>(p, b, h, i0, j0 / kKeepBlock * kKeepBlock);
     }
   }
 
@@ -106,16 +109,16 @@ struct AttentionKeyGradients {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) dbias[r] = 0;
     const bool aligned = kPlain || call.aligned;
-    k.template load<kThreads>(row_at<const T>(p.k, b, kv_head, seq.k_begin + j0), p.k.stride[2], seq.Sk - j0, p.D,
-                              aligned);
+    k.template load<kThreads>(row_at<const T>(p.k, b, kv_head, seq.k_begin + j0), p.k.stride[2], seq.Sk - j0,
+                              static_cast<int>(p.D), aligned);
     if (kKeys) {
-      v.template load<kThreads>(row_at<const T>(p.v, b, kv_head, seq.k_begin + j0), p.v.stride[2], seq.Sk - j0, p.Dv,
-                                aligned);
+      v.template load<kThreads>(row_at<const T>(p.v, b, kv_head, seq.k_begin + j0), p.v.stride[2], seq.Sk - j0,
+                                static_cast<int>(p.Dv), aligned);
     }
-    const int64_t steps = group * tiles;
+    const int steps = group * tiles;
     if (kStages == 2 && steps > 0) load(0);
 #pragma unroll 1
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
       if (kStages == 1) {
         sync_block();  // the last tile is done with
         load(step);
@@ -131,26 +134,26 @@ struct AttentionKeyGradients {
     finish(dk, dv);
   }
 
-  TFORMER_DEVICE void add_queries(int64_t step, R (&dk)[kLaneRows][kWidth / 4], R (&dv)[kLaneRows][kWidth / 4],
+  TFORMER_DEVICE void add_queries(int step, R (&dk)[kLaneRows][kWidth / 4], R (&dv)[kLaneRows][kWidth / 4],
                                   R (&dbias)[kLaneRows]) const {
     const Stage from = stage(step);
-    const int64_t h = head(step), i0 = first_query(step);
+    const int h = head(step), i0 = first_query(step);
     R s[kLaneRows][kQueries / 4], dp[kLaneRows][kQueries / 4];
     clear(s);
     clear(dp);
     P::multiply_rows(s, k, warp() * kWarpRows, from.q);
     if (kKeys) P::multiply_rows(dp, v, warp() * kWarpRows, from.grad_o);
-    const Scores<T, kPlain> scores(p, seq, b, h);
+    const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
     const bool all_visible = scores.all_visible(i0, i0 + kQueries, row0, row0 + kWarpRows);
 #pragma unroll
     for (int c = 0; c < kQueries / 4; ++c) {
       const int n = P::column(c);
-      const int64_t i = i0 + n;
+      const int i = i0 + n;
       const R lse = from.lse[n], delta = from.delta[n];
       int begin = 0, end = kWarpRows;
       if (!all_visible) {
-        begin = static_cast<int>(smaller(scores.range.begin(i) - row0, kWarpRows));
-        end = i < seq.Sq ? static_cast<int>(larger(scores.range.end(i) - row0, 0)) : 0;
+        begin = scores.range.begin(i) - row0;
+        end = i < seq.Sq ? scores.range.end(i) - row0 : 0;
       }
 #pragma unroll
       for (int r = 0; r < kLaneRows; ++r) {
@@ -166,19 +169,19 @@ struct AttentionKeyGradients {
     if (kKeys) P::multiply_down(dk, dp, from.q);
   }
 
-  TFORMER_DEVICE R kept_of(const Stage& from, int query, int64_t j) const {
+  TFORMER_DEVICE R kept_of(const Stage& from, int query, int j) const {
     if (kPlain || !kept.dropout) return 1;
-    const int at = static_cast<int>(j - j0 / kPhiloxBlock * kPhiloxBlock);
+    const int at = j - j0 / kKeepBlock * kKeepBlock;
     return from.keep.word(query, at / 64) >> at % 64 & 1 ? kept.scale : R(0);
   }
 
   // A bias without a query dimension: its gradient is summed over the queries of a head.
-  TFORMER_DEVICE void add_grad_bias(int64_t h, R (&dbias)[kLaneRows]) const {
+  TFORMER_DEVICE void add_grad_bias(int h, R (&dbias)[kLaneRows]) const {
     if (!kKeys || !p.grad_bias || call.bias_has_rows) return;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       const R sum = quad_sum(dbias[r]);
-      const int64_t j = row0 + P::row(r);
+      const int j = row0 + P::row(r);
       dbias[r] = 0;
       if (j >= seq.Sk || lane() % 4 != 0) continue;
       static_cast<R*>(p.grad_bias)[b * p.grad_bias_stride[0] + h * p.grad_bias_stride[1] + j * p.grad_bias_stride[3]] =
@@ -187,7 +190,7 @@ struct AttentionKeyGradients {
   }
 
   TFORMER_DEVICE void finish(R (&dk)[kLaneRows][kWidth / 4], R (&dv)[kLaneRows][kWidth / 4]) const {
-    const int64_t length = call.packed ? seq.Sk : p.Sk;  // keys past key_lengths get zeros
+    const int length = call.packed ? seq.Sk : static_cast<int>(p.Sk);  // keys past key_lengths get zeros
     const int first = warp() * kWarpRows;
     unsigned suspects = 0;
     if (kKeys) {
@@ -195,13 +198,13 @@ struct AttentionKeyGradients {
       suspects |= suspect_rows<P>(dk);
       P::put(dk, k, first);
       k.store(first, kWarpRows, row_at<T>(p.grad_k, b, kv_head, seq.k_begin + row0), p.grad_k.stride[2], length - row0,
-              p.D, kPlain || call.aligned);
+              static_cast<int>(p.D), kPlain || call.aligned);
     }
     if (kValues) {
       suspects |= suspect_rows<P>(dv);
       P::put(dv, v, first);
       v.store(first, kWarpRows, row_at<T>(p.grad_v, b, kv_head, seq.k_begin + row0), p.grad_v.stride[2], length - row0,
-              p.Dv, kPlain || call.aligned);
+              static_cast<int>(p.Dv), kPlain || call.aligned);
     }
     for (int n = 0; n < kWarpRows; ++n) {
       if (suspects >> n & 1 && row0 + n < length) redo_row(row0 + n);
@@ -209,14 +212,14 @@ struct AttentionKeyGradients {
   }
 
   // See redo_row of attention_forward.h.
-  TFORMER_DEVICE void redo_row(int64_t j) const {
+  TFORMER_DEVICE void redo_row(int j) const {
     const LaneRow<T> key(row_at<const T>(p.k, b, kv_head, seq.k_begin + j), p.D);
     const LaneRow<T> value(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
     LaneRow<T> dk, dv;
-    for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-      const Scores<T, kPlain> scores(p, seq, b, h);
-      const int64_t end = j < seq.Sk ? scores.range.query_end(j, seq.Sq) : 0;
-      for (int64_t i = scores.range.query_begin(j); i < end; ++i) {
+    for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+      const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
+      const int end = j < seq.Sk ? scores.range.query_end(j, seq.Sq) : 0;
+      for (int i = scores.range.query_begin(j); i < end; ++i) {
         const LaneRow<T> q(row_at<const T>(p.q, b, h, seq.q_begin + i), p.D);
         const LaneRow<T> grad_o(row_at<const T>(p.grad_o, b, h, seq.q_begin + i), p.Dv);
         PairGradient<R> g;

@@ -8,6 +8,8 @@
 
 namespace tformer::gpu {
 
+constexpr int kKeepBlock = static_cast<int>(kPhiloxBlock);
+
 // Bits of kQueries x (64 kBlocks) pairs; bit k of a query's word n is key first + 64 n + k.
 template <int kQueries, int kBlocks>
 struct KeepBits {
@@ -16,19 +18,18 @@ struct KeepBits {
 
   // By all threads of the block. first_key is a multiple of 64.
   template <int kThreads>
-  TFORMER_DEVICE void draw(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query,
-                           int64_t first_key) const {
+  TFORMER_DEVICE void draw(const AttentionParams& p, int b, int h, int first_query, int first_key) const {
     const auto seed = static_cast<uint64_t>(*p.dropout_seed);
     const uint32_t threshold = dropout_threshold(p.dropout_p);
     // a thread takes half of a word, eight counters: of each of its four groups of 16 keys one byte
     for (int n = thread_index(); n < kQueries * kBlocks * 2; n += kThreads) {
       const int query = n / (2 * kBlocks), block = n / 2 % kBlocks, half = n % 2;
-      const auto base = static_cast<uint32_t>((first_key / kPhiloxBlock + block) * 16 + 8 * half);
+      const auto base = static_cast<uint32_t>((first_key / kKeepBlock + block) * 16 + 8 * half);
       uint32_t bits[4] = {0, 0, 0, 0};
 #pragma unroll 2
       for (uint32_t c = 0; c < 8; ++c) {
-        const PhiloxWords random = philox(base + c, static_cast<uint32_t>(first_query + query), static_cast<uint32_t>(h),
-                                          static_cast<uint32_t>(b), seed);
+        const PhiloxWords random = philox(base + c, static_cast<uint32_t>(first_query + query),
+                                          static_cast<uint32_t>(h), static_cast<uint32_t>(b), seed);
 #pragma unroll
         for (int w = 0; w < 4; ++w) bits[w] |= static_cast<uint32_t>(random.word[w] >= threshold) << c;
       }
@@ -44,13 +45,13 @@ struct KeepBits {
 };
 
 // One pair alone.
-TFORMER_DEVICE bool is_kept(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  const auto at = static_cast<uint32_t>(j / kPhiloxBlock * 16 + j % 16);
+TFORMER_DEVICE bool is_kept(const AttentionParams& p, int b, int h, int i, int j) {
+  const auto at = static_cast<uint32_t>(j / kKeepBlock * 16 + j % 16);
   const PhiloxWords random = philox(at, static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b),
                                     static_cast<uint64_t>(*p.dropout_seed));
   uint32_t word = 0;
 #pragma unroll
-  for (int w = 0; w < 4; ++w) word = j % kPhiloxBlock / 16 == w ? random.word[w] : word;
+  for (int w = 0; w < 4; ++w) word = j % kKeepBlock / 16 == w ? random.word[w] : word;
   return word >= dropout_threshold(p.dropout_p);
 }
 

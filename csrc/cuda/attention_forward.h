@@ -17,7 +17,9 @@ struct ForwardShape {
   static constexpr bool k16Bit = sizeof(T) == 2;
   static constexpr int kPressure = kWidth * static_cast<int>(sizeof(Real<T>)) / 4;  // registers of o for four rows
   static constexpr int kLaneRows = k16Bit ? (kWidth <= (kPlain ? 128 : 64) ? 4 : 2)
-                                          : (kPressure <= 64 ? 4 : kPressure <= 256 ? 2 : 1);
+                                          : (kPressure <= 64    ? 4
+                                             : kPressure <= 128 ? 2
+                                                                : 1);
   static constexpr int kKeys = k16Bit ? 64 : kWidth * static_cast<int>(sizeof(T)) <= 1024 ? 32 : 16;
   static constexpr int kWarps = 4;
   static constexpr int kWarpRows = 8 * kLaneRows, kRows = kWarps * kWarpRows;
@@ -37,10 +39,10 @@ struct AttentionForward {
 
   const AttentionCall& call;
   const AttentionParams& p;
-  const Sequence seq;
-  const int64_t b, h, kv_head, split;
-  const int64_t i0, row0;       // first query of the block, of the warp
-  int64_t key_begin, key_end;   // what some query of the block sees
+  const Positions seq;
+  const int b, h, kv_head, split;
+  const int i0, row0;      // first query of the block, of the warp
+  int key_begin, key_end;  // what some query of the block sees
   const Scores<T, kPlain> scores;
   const QueryTile q;
   const KeyTile k, v;
@@ -55,20 +57,20 @@ struct AttentionForward {
     } else {
       b = work.head / p.Hq, h = work.head % p.Hq;
     }
-    AttentionForward(call, b, h, work, shared).attend();
+    AttentionForward(call, static_cast<int>(b), static_cast<int>(h), work, shared).attend();
   }
 
-  TFORMER_DEVICE AttentionForward(const AttentionCall& call_, int64_t b_, int64_t h_, const Work& work, char* shared)
+  TFORMER_DEVICE AttentionForward(const AttentionCall& call_, int b_, int h_, const Work& work, char* shared)
       : call(call_),
         p(call_.p),
         seq(sequence_of(p, b_)),
         b(b_),
         h(h_),
-        kv_head(h_ / (p.Hq / p.Hk)),
-        split(work.split),
-        i0(work.tile * kRows),
+        kv_head(static_cast<int>(h_ / (p.Hq / p.Hk))),
+        split(static_cast<int>(work.split)),
+        i0(static_cast<int>(work.tile) * kRows),
         row0(i0 + warp() * Shape::kWarpRows),
-        scores(p, seq, b_, h_),
+        scores(p, sequence_of(p, b_), b_, h_),
         q{shared},
         k{shared + QueryTile::kBytes},
         v{shared + QueryTile::kBytes + KeyTile::kBytes},
@@ -76,24 +78,25 @@ struct AttentionForward {
     key_begin = scores.range.begin(i0);
     key_end = scores.range.end(smaller(i0 + kRows, seq.Sq) - 1);
     if (call.split_o) {
-      key_begin = larger(key_begin, split * call.split_keys);
-      key_end = smaller(key_end, (split + 1) * call.split_keys);
+      key_begin = larger(key_begin, split * static_cast<int>(call.split_keys));
+      key_end = smaller(key_end, (split + 1) * static_cast<int>(call.split_keys));
     }
   }
 
-  TFORMER_DEVICE void load_keys(const Rows& rows, const KeyTile& tile, int64_t key0, int64_t width) const {
-    tile.template load<kThreads>(row_at<const T>(rows, b, kv_head, seq.k_begin + key0), rows.stride[2],
-                                 seq.Sk - key0, width, kPlain || call.aligned);
+  TFORMER_DEVICE void load_keys(const Rows& rows, const KeyTile& tile, int key0, int64_t width) const {
+    tile.template load<kThreads>(row_at<const T>(rows, b, kv_head, seq.k_begin + key0), rows.stride[2], seq.Sk - key0,
+                                 static_cast<int>(width), kPlain || call.aligned);
   }
 
   // Two buffers, one for keys, one for values: each is filled while the product with the other runs.
   TFORMER_DEVICE void attend() const {
     R o[kLaneRows][kWidth / 4];
     clear(o);
-    OnlineSoftmax<T, kLaneRows> softmax;
-    q.template load<kThreads>(row_at<const T>(p.q, b, h, seq.q_begin + i0), p.q.stride[2], seq.Sq - i0, p.D,
-                              kPlain || call.aligned);
-    int64_t key0 = key_begin / kKeys * kKeys;
+    OnlineSoftmax<T, kLaneRows, kPlain> softmax;
+    q.template load<kThreads>(row_at<const T>(p.q, b, h, seq.q_begin + i0), p.q.stride[2], seq.Sq - i0,
+                              static_cast<int>(p.D), kPlain || call.aligned);
+    const int first_key0 = key_begin / kKeys * kKeys;
+    int key0 = first_key0;
     if (key0 < key_end) load_keys(p.k, k, key0, p.D);
     copy_async_commit();
 #pragma unroll 1
@@ -103,8 +106,8 @@ struct AttentionForward {
       load_keys(p.v, v, key0, p.Dv);
       copy_async_commit();
       if constexpr (!kPlain) {
-        if (p.dropout_p > 0) {
-          keep.template draw<kThreads>(p, b, h, i0, key0 / kPhiloxBlock * kPhiloxBlock);
+        if (p.dropout_p > 0 && (key0 == first_key0 || key0 % kKeepBlock == 0)) {
+          keep.template draw<kThreads>(p, b, h, i0, key0 / kKeepBlock * kKeepBlock);
         }
       }
       R s[kLaneRows][kKeys / 4];
@@ -115,7 +118,7 @@ struct AttentionForward {
       if (key0 + kKeys < key_end) load_keys(p.k, k, key0 + kKeys, p.D);
       copy_async_commit();
       finish_scores(s, key0);
-      softmax.update(s, scores.unit, o);
+      softmax.update(scores, s, o);
       drop(s, key0);
       P::multiply_down(o, s, v);
     }
@@ -123,49 +126,51 @@ struct AttentionForward {
     finish_rows(o, softmax);
   }
 
-  TFORMER_DEVICE void finish_scores(R (&s)[kLaneRows][kKeys / 4], int64_t key0) const {
+  TFORMER_DEVICE void finish_scores(R (&s)[kLaneRows][kKeys / 4], int key0) const {
     const bool all_visible = scores.all_visible(row0, row0 + Shape::kWarpRows, key0, key0 + kKeys);
     if (kPlain && all_visible && key0 >= key_begin && key0 + kKeys <= key_end) return;
+    const int lane_key0 = key0 + P::first_column();
+    const auto range = scores.range.from_key(lane_key0);
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      const int64_t i = row0 + P::row(r);
-      const int begin = static_cast<int>(smaller(larger(scores.range.begin(i), key_begin) - key0, kKeys));
-      const int end = i < seq.Sq ? static_cast<int>(larger(smaller(scores.range.end(i), key_end) - key0, 0)) : 0;
+      const int i = row0 + P::row(r);
+      const int begin = larger(range.begin(i), key_begin - lane_key0);
+      const int end = i < seq.Sq ? smaller(range.end(i), key_end - lane_key0) : 0;
 #pragma unroll
       for (int c = 0; c < kKeys / 4; ++c) {
-        const int j = P::column(c);
+        const int j = P::column_offset(c);
         const bool in_range = j >= begin && j < end;
         R cap;
         if (kPlain || !in_range) {
           s[r][c] = in_range ? s[r][c] : -kInfinity<R>;
         } else {
-          s[r][c] = scores.score(s[r][c], i, key0 + j, cap);
+          s[r][c] = scores.score(s[r][c], i, lane_key0 + j, cap);
         }
       }
     }
   }
 
-  TFORMER_DEVICE void drop(R (&w)[kLaneRows][kKeys / 4], int64_t key0) const {
+  TFORMER_DEVICE void drop(R (&w)[kLaneRows][kKeys / 4], int key0) const {
     if constexpr (!kPlain) {
       if (p.dropout_p <= 0) return;
-      const int first = static_cast<int>(key0 % kPhiloxBlock);
+      const int first = key0 % kKeepBlock + P::first_column();
 #pragma unroll
       for (int r = 0; r < kLaneRows; ++r) {
         const uint64_t bits = keep.word(warp() * Shape::kWarpRows + P::row(r), 0) >> first;
 #pragma unroll
-        for (int c = 0; c < kKeys / 4; ++c) w[r][c] = bits >> P::column(c) & 1 ? w[r][c] : R(0);
+        for (int c = 0; c < kKeys / 4; ++c) w[r][c] = bits >> P::column_offset(c) & 1 ? w[r][c] : R(0);
       }
     }
   }
 
   // o / l and the log-sum-exp; a row without a visible key is 0 and -inf.
-  TFORMER_DEVICE void finish_rows(R (&o)[kLaneRows][kWidth / 4], OnlineSoftmax<T, kLaneRows>& softmax) const {
-    softmax.sum_lanes();
+  TFORMER_DEVICE void finish_rows(R (&o)[kLaneRows][kWidth / 4], OnlineSoftmax<T, kLaneRows, kPlain>& softmax) const {
+    softmax.finish(scores);
     const R kept = !kPlain && p.dropout_p > 0 ? static_cast<R>(dropout_scale(p.dropout_p)) : R(1);
     unsigned suspects = 0;  // rows, a bit each
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      const int64_t i = row0 + P::row(r);
+      const int i = row0 + P::row(r);
       R rescale = 1;
       if (p.sinks && !call.split_o && !softmax.dead(r)) rescale = softmax.add_sink(r, sink_of<R>(p, h));
       const R by = softmax.dead(r) ? R(0) : kept * rescale / softmax.l[r];
@@ -185,7 +190,7 @@ struct AttentionForward {
     }
   }
 
-  TFORMER_DEVICE R& lse_at(int64_t i) const {
+  TFORMER_DEVICE R& lse_at(int i) const {
     if (call.split_o) {
       return static_cast<R*>(call.split_lse)[split * call.split_stride[0] + b * call.split_stride[1] +
                                              h * call.split_stride[2] + seq.q_begin + i];
@@ -193,21 +198,22 @@ struct AttentionForward {
     return static_cast<R*>(p.lse)[b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin + i];
   }
 
-  TFORMER_DEVICE R* split_row(int64_t i) const {
-    return static_cast<R*>(call.split_o) + (split * call.split_stride[0] + b * call.split_stride[1] +
-                                            h * call.split_stride[2] + seq.q_begin + i) * p.Dv;
+  TFORMER_DEVICE R* split_row(int i) const {
+    return static_cast<R*>(call.split_o) +
+           (split * call.split_stride[0] + b * call.split_stride[1] + h * call.split_stride[2] + seq.q_begin + i) *
+               p.Dv;
   }
 
   TFORMER_DEVICE void store(const R (&o)[kLaneRows][kWidth / 4]) const {
     if (!call.split_o) {
       P::put(o, q, warp() * Shape::kWarpRows);  // its own queries, which no other warp reads
       q.store(warp() * Shape::kWarpRows, Shape::kWarpRows, row_at<T>(p.o, b, h, seq.q_begin + row0), p.o.stride[2],
-              seq.Sq - row0, p.Dv, kPlain || call.aligned);
+              seq.Sq - row0, static_cast<int>(p.Dv), kPlain || call.aligned);
       return;
     }
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      const int64_t i = row0 + P::row(r);
+      const int i = row0 + P::row(r);
       if (i >= seq.Sq) continue;
 #pragma unroll
       for (int d = 0; d < kWidth / 4; ++d) {
@@ -219,11 +225,11 @@ struct AttentionForward {
 
   // 0 times NaN or infinity is NaN, so a hidden value that is not finite has spoilt the products of a row: it is
   // computed again without the hidden ones. Where the formula gives NaN or infinity, so does this.
-  TFORMER_DEVICE void redo_row(int64_t i) const {
+  TFORMER_DEVICE void redo_row(int i) const {
     RowForward<T, kPlain> row(scores, seq, b, h, i);
-    const int64_t begin = larger(scores.range.begin(i), key_begin), end = smaller(scores.range.end(i), key_end);
-    for (int64_t j = begin; j < end; ++j) row.add_key(j);
-    if (p.sinks && !call.split_o) row.add_weight(sink_of<R>(p, h) * Exponent<T>::kUnit);
+    const int begin = larger(scores.range.begin(i), key_begin), end = smaller(scores.range.end(i), key_end);
+    for (int j = begin; j < end; ++j) row.add_key(j);
+    if (p.sinks && !call.split_o) row.add_weight(sink_of<R>(p, h));
     if (call.split_o) {
       row.store(split_row(i));
     } else {

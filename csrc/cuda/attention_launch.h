@@ -41,6 +41,8 @@ struct SumCall {
 
 // Head dimensions up to this.
 constexpr int64_t kMostHeadDim = 256;
+// Lengths up to this: positions are int in kernels.
+constexpr int64_t kMostPositions = int64_t{1} << 29;
 
 gpu::Status launch_attention_forward(const AttentionCall& call, gpu::Stream stream);
 gpu::Status launch_attention_merge(const AttentionCall& call, gpu::Stream stream);

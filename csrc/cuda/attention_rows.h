@@ -52,28 +52,28 @@ struct RowForward {
   using R = Real<T>;
   const Scores<T, kPlain>& scores;
   const AttentionParams& p;
-  const Sequence& seq;
-  const int64_t b, h, kv_head, i;
+  const Positions& seq;
+  const int b, h, kv_head, i;
   const LaneRow<T> q;
   LaneRow<T> o;
   R m = -kInfinity<R>, l = 0;
 
-  TFORMER_DEVICE RowForward(const Scores<T, kPlain>& scores_, const Sequence& seq_, int64_t b_, int64_t h_, int64_t i_)
+  TFORMER_DEVICE RowForward(const Scores<T, kPlain>& scores_, const Positions& seq_, int b_, int h_, int i_)
       : scores(scores_),
         p(scores_.p),
         seq(seq_),
         b(b_),
         h(h_),
-        kv_head(h_ / (p.Hq / p.Hk)),
+        kv_head(static_cast<int>(h_ / (p.Hq / p.Hk))),
         i(i_),
         q(row_at<const T>(p.q, b_, h_, seq_.q_begin + i_), p.D) {}
 
-  TFORMER_DEVICE void add_key(int64_t j) {
+  TFORMER_DEVICE void add_key(int j) {
     const LaneRow<T> k(row_at<const T>(p.k, b, kv_head, seq.k_begin + j), p.D);
     R cap;
     const R x = scores.score(q.dot(k), i, j, cap);
     if (x == -kInfinity<R>) return;
-    const R weight = add_weight(x * scores.unit);
+    const R weight = add_weight(scores.natural(x));
     const LaneRow<T> v(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
     const bool kept = kPlain || p.dropout_p <= 0 || is_kept(p, b, h, i, j);
     o.add(kept ? weight : R(0), v);
@@ -83,12 +83,12 @@ struct RowForward {
   TFORMER_DEVICE R add_weight(R x) {
     const R m_new = maximum(m, x);
     if (m_new != m) {
-      const R rescale = Exponent<T>::power(m - m_new);
+      const R rescale = Exponent<T>::power((m - m_new) * Exponent<T>::kUnit);
       l *= rescale;
       o.scale(rescale);
       m = m_new;
     }
-    const R weight = Exponent<T>::power(x - (m == -kInfinity<R> ? R(0) : m));
+    const R weight = Exponent<T>::power((x - (m == -kInfinity<R> ? R(0) : m)) * Exponent<T>::kUnit);
     l += weight;
     return weight;
   }
@@ -108,8 +108,8 @@ struct PairGradient {
 };
 
 template <class T, bool kPlain>
-TFORMER_DEVICE bool pair_gradient(const Scores<T, kPlain>& scores, int64_t b, int64_t h, int64_t i, int64_t j,
-                                  int64_t row, const LaneRow<T>& q, const LaneRow<T>& k, const LaneRow<T>& grad_o,
+TFORMER_DEVICE bool pair_gradient(const Scores<T, kPlain>& scores, int b, int h, int i, int j, int row,
+                                  const LaneRow<T>& q, const LaneRow<T>& k, const LaneRow<T>& grad_o,
                                   const LaneRow<T>& v, PairGradient<Real<T>>& out) {
   using R = Real<T>;
   const AttentionParams& p = scores.p;
@@ -118,7 +118,7 @@ TFORMER_DEVICE bool pair_gradient(const Scores<T, kPlain>& scores, int64_t b, in
   R dp = grad_o.dot(v);
   if (x == -kInfinity<R>) return false;
   const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + row;
-  out.p = Exponent<T>::power(fma(x, scores.unit, -exponent_of_lse<T>(static_cast<const R*>(p.lse)[at])));
+  out.p = scores.weight(x, scores.held_lse(static_cast<const R*>(p.lse)[at]));
   R kept = 1;
   if (!kPlain && p.dropout_p > 0) {
     kept = is_kept(p, b, h, i, j) ? static_cast<R>(dropout_scale(p.dropout_p)) : R(0);

@@ -7,6 +7,18 @@
 
 namespace tformer::gpu {
 
+// Positions inside a sequence are int in kernels: registers are short.
+struct Positions {
+  int q_begin, k_begin;  // rows of packed tensors
+  int Sq, Sk;
+
+  TFORMER_DEVICE explicit Positions(const Sequence& s)
+      : q_begin(static_cast<int>(s.q_begin)),
+        k_begin(static_cast<int>(s.k_begin)),
+        Sq(static_cast<int>(s.Sq)),
+        Sk(static_cast<int>(s.Sk)) {}
+};
+
 template <class R>
 constexpr R kInfinity = static_cast<R>(__builtin_inf());
 
@@ -54,17 +66,17 @@ template <class T, bool kPlain>
 struct Scores {
   using R = Real<T>;
   const AttentionParams& p;
-  KeyRange range;
-  int64_t Sq;
+  KeyRangeOf<int> range;
+  int Sq;
   R scale, inner;  // inner: of what tanh is taken
   R slope;         // of ALiBi
   R unit;          // positive; score * unit is the exponent
   int64_t bias_offset, mask_offset;
 
-  TFORMER_DEVICE Scores(const AttentionParams& params, const Sequence& s, int64_t b, int64_t h)
+  TFORMER_DEVICE Scores(const AttentionParams& params, const Sequence& s, int b, int h)
       : p(params),
         range(params, s),
-        Sq(s.Sq),
+        Sq(static_cast<int>(s.Sq)),
         scale(static_cast<R>(params.scale)),
         inner(static_cast<R>(params.softcap != 0 ? params.scale / params.softcap : 0)),
         slope(params.alibi_slopes
@@ -74,14 +86,26 @@ struct Scores {
         bias_offset(b * params.bias.stride[0] + h * params.bias.stride[1]),
         mask_offset(b * params.mask.stride[0] + h * params.mask.stride[1]) {}
 
+  // weight(x, held(m)) = e^(x - m). Plain scores: one multiply-add. With operands added, the difference first: a bias may
+  // be the most negative number, which no factor must make infinite.
+  TFORMER_DEVICE R held(R m) const { return kPlain ? m * unit : m; }
+  TFORMER_DEVICE R weight(R x, R held) const {
+    return Exponent<T>::power(kPlain ? fma(x, unit, -held) : (x - held) * unit);
+  }
+  // lse of a row, as weight takes it; a row without a visible key has no weights.
+  TFORMER_DEVICE R held_lse(R lse) const {
+    return lse == -kInfinity<R> ? kInfinity<R> : kPlain ? lse * Exponent<T>::kUnit : lse;
+  }
+  TFORMER_DEVICE R natural(R x) const { return kPlain ? x * scale : x; }
+
   // Whether every query of [i0, i1) sees every key of [j0, j1).
-  TFORMER_DEVICE bool all_visible(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
+  TFORMER_DEVICE bool all_visible(int i0, int i1, int j0, int j1) const {
     return i1 <= Sq && range.begin(i1 - 1) <= j0 && range.end(i0) >= j1;
   }
 
   // The score of query i and key j, which position lets through; -inf where it takes no part. `cap` receives the
   // derivative of the softcap.
-  TFORMER_DEVICE R score(R product, int64_t i, int64_t j, R& cap) const {
+  TFORMER_DEVICE R score(R product, int i, int j, R& cap) const {
     cap = 1;
     if constexpr (kPlain) {
       return product;
@@ -110,15 +134,9 @@ TFORMER_DEVICE R sink_of(const AttentionParams& p, int64_t h) {
   return read_element<R>(p.sinks, p.sinks_dtype, h);
 }
 
-// lse of a row as the exponent that its scores are held against; a row without a visible key has no weights.
-template <class T>
-TFORMER_DEVICE Real<T> exponent_of_lse(Real<T> lse) {
-  return lse == -kInfinity<Real<T>> ? kInfinity<Real<T>> : lse * Exponent<T>::kUnit;
-}
-
-// Softmax of rows as they grow: weight = e^(x - m), l = sum of the weights (Milakov & Gimelshein 2018). m is held as an
-// exponent; l is this lane's part until sum_lanes.
-template <class T, int kLaneRows>
+// Softmax of rows as they grow: weight = e^(x - m), l = sum of the weights (Milakov & Gimelshein 2018). m is a score,
+// after finish natural; l is this lane's part until then.
+template <class T, int kLaneRows, bool kPlain>
 struct OnlineSoftmax {
   using R = Real<T>;
   R m[kLaneRows], l[kLaneRows];
@@ -128,47 +146,58 @@ struct OnlineSoftmax {
     for (int r = 0; r < kLaneRows; ++r) m[r] = -kInfinity<R>, l[r] = 0;
   }
 
-  // Scores become weights; o, what was summed before, is brought to the new maximum.
+  // Scores become weights; o, what was summed before, is brought to the new maximum, where there is one in the warp.
   template <int kC, int kO>
-  TFORMER_DEVICE void update(R (&s)[kLaneRows][kC], R unit, R (&o)[kLaneRows][kO]) {
+  TFORMER_DEVICE void update(const Scores<T, kPlain>& scores, R (&s)[kLaneRows][kC], R (&o)[kLaneRows][kO]) {
+    R rescale[kLaneRows];
+    bool grown = false;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       R top = s[r][0];
 #pragma unroll
       for (int c = 1; c < kC; ++c) top = maximum(top, s[r][c]);
-      const R m_new = maximum(m[r], quad_maximum(top) * unit);
+      const R m_new = maximum(m[r], quad_maximum(top));
       const R shift = m_new == -kInfinity<R> ? R(0) : m_new;  // nothing visible yet: weights are e^-inf = 0
-      const R rescale = Exponent<T>::power(m[r] - shift);
+      rescale[r] = Exponent<T>::power((m[r] - shift) * scores.unit);
+      grown = grown || rescale[r] != R(1);
+      m[r] = m_new;
+      const R held = scores.held(shift);
       R sum = 0;
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
-        s[r][c] = Exponent<T>::power(fma(s[r][c], unit, -shift));
+        s[r][c] = scores.weight(s[r][c], held);
         sum += s[r][c];
       }
-      l[r] = l[r] * rescale + sum;
-      m[r] = m_new;
+      l[r] = l[r] * rescale[r] + sum;
+    }
+    if (!any(grown)) return;
 #pragma unroll
-      for (int d = 0; d < kO; ++d) o[r][d] *= rescale;
+    for (int r = 0; r < kLaneRows; ++r) {
+#pragma unroll
+      for (int d = 0; d < kO; ++d) o[r][d] *= rescale[r];
     }
   }
 
-  TFORMER_DEVICE void sum_lanes() {
+  TFORMER_DEVICE void finish(const Scores<T, kPlain>& scores) {
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) l[r] = quad_sum(l[r]);
+    for (int r = 0; r < kLaneRows; ++r) {
+      l[r] = quad_sum(l[r]);
+      m[r] = scores.natural(m[r]);
+    }
   }
 
   // One more score that has no value: it only takes weight. Returns by what o is to be multiplied.
-  TFORMER_DEVICE R add_sink(int r, R logit) {
-    const R x = logit * Exponent<T>::kUnit, m_new = maximum(m[r], x);
-    const R rescale = m[r] == m_new ? R(1) : Exponent<T>::power(m[r] - m_new);
-    l[r] = l[r] * rescale + (x == -kInfinity<R> ? R(0) : Exponent<T>::power(x - m_new));
+  TFORMER_DEVICE R add_sink(int r, R x) {
+    const R m_new = maximum(m[r], x);
+    const R rescale = m[r] == m_new ? R(1) : Exponent<T>::power((m[r] - m_new) * Exponent<T>::kUnit);
+    l[r] = l[r] * rescale + (x == -kInfinity<R> ? R(0) : Exponent<T>::power((x - m_new) * Exponent<T>::kUnit));
     m[r] = m_new;
     return rescale;
   }
 
   TFORMER_DEVICE bool dead(int r) const { return l[r] == 0; }
   TFORMER_DEVICE R lse(int r) const {
-    return dead(r) ? -kInfinity<R> : Exponent<T>::natural(m[r] + Exponent<T>::of(l[r]));
+    return dead(r) ? -kInfinity<R> : m[r] + Exponent<T>::natural(Exponent<T>::of(l[r]));
   }
 };
 

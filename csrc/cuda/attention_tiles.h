@@ -39,8 +39,8 @@ TFORMER_DEVICE To* row_at(const Rows& r, int64_t b, int64_t h, int64_t i) {
   return static_cast<To*>(r.data) + b * r.stride[0] + h * r.stride[1] + i * r.stride[2];
 }
 
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // What one 16-byte access moves.
 template <class T>
@@ -49,8 +49,8 @@ struct alignas(16) Chunk {
   T x[kSize];
 };
 
-// kRows rows of kWidth elements. Chunks of a row are permuted by the row's number, so that the eight rows, or the rows
-// of the four column groups, that a warp reads at a time lie in different banks.
+// kRows rows of kWidth elements. Chunks of a row are permuted by the row's number, so that what a warp reads at a time
+// lies in different banks: eight rows on tensor cores; on CUDA cores the rows 4 t of 16, too.
 template <class T, int kRows_, int kWidth_>
 struct SharedTile {
   static constexpr int kRows = kRows_, kWidth = kWidth_;
@@ -60,37 +60,37 @@ struct SharedTile {
   char* data;
 
   TFORMER_DEVICE char* at(int row, int chunk) const {
-    return data + (row * kChunks + (chunk ^ ((row ^ row >> 3) & 7))) * 16;
+    const int swapped = (sizeof(T) == 2 ? row : row ^ row >> 3) & 7;
+    return data + (row * kChunks + (chunk ^ swapped)) * 16;
+  }
+  // Chunk `even` + `odd`, the former known to the compiler, the latter 0 or 1: few different addresses to keep.
+  TFORMER_DEVICE char* at(int row, int even, int odd) const {
+    const int first = row * kChunks * 16 + (odd ^ (row & 7)) * 16;
+    return data + (even & ~7) * 16 + (first ^ (even & 7) * 16);
   }
   TFORMER_DEVICE Chunk<T> chunk(int row, int c) const { return *reinterpret_cast<const Chunk<T>*>(at(row, c)); }
 
   // Rows from global memory in the background, by `threads` threads; zeros beyond `rows` and `width`. `aligned`: every
   // row begins at a multiple of 16 bytes; else, and for what is not there, plain stores.
   template <int kThreads>
-  TFORMER_DEVICE void load(const T* from, int64_t stride, int64_t rows, int64_t width, bool aligned) const {
-    const int height = static_cast<int>(larger(smaller(rows, kRows), 0));
-    for (int n = thread_index(); n < kRows * kChunks; n += kThreads) {
-      const int row = n / kChunks, c = n % kChunks, first = c * kChunk;
-      const int left = row < height ? static_cast<int>(larger(smaller(width - first, kChunk), 0)) : 0;
-      const T* source = from + (left ? row * stride + first : 0);
-      if (left == 0) {
-        store_16(at(row, c), Bits16Bytes{});
-      } else if (aligned) {
-        copy_async_16(at(row, c), source, left * static_cast<int>(sizeof(T)));
-      } else {
-        Chunk<T> chunk{};
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) {
-          if (e < left) chunk.x[e] = source[e];
-        }
-        *reinterpret_cast<Chunk<T>*>(at(row, c)) = chunk;
+  TFORMER_DEVICE void load(const T* from, int64_t stride, int rows, int width, bool aligned) const {
+    static_assert(kThreads % kChunks == 0 || kChunks % kThreads == 0);
+    constexpr int kStep = kThreads > kChunks ? kThreads / kChunks : 1;
+    static_assert(kRows % kStep == 0);
+    // a thread keeps to its column of chunks; it has several where a row is longer than there are threads
+    for (int c = thread_index() % kChunks; c < kChunks; c += kThreads) {
+      const int first = c * kChunk, left = larger(smaller(width - first, kChunk), 0);
+      int row = thread_index() / kChunks;
+      const T* source = from + (row * stride + first);
+#pragma unroll 2
+      for (int n = 0; n < kRows / kStep; ++n, row += kStep, source += kStep * stride) {
+        load_chunk(at(row, c), source, row < rows ? left : 0, aligned);
       }
     }
   }
 
   // Rows [first, first + count) of the tile, which this warp has written, to global memory.
-  TFORMER_DEVICE void store(int first, int count, T* to, int64_t stride, int64_t rows, int64_t width,
-                            bool aligned) const {
+  TFORMER_DEVICE void store(int first, int count, T* to, int64_t stride, int rows, int width, bool aligned) const {
     sync_warp();
     for (int n = lane(); n < count * kChunks; n += kWarp) {
       const int row = n / kChunks, c = n % kChunks, column = c * kChunk;
@@ -108,6 +108,22 @@ struct SharedTile {
     }
     sync_warp();
   }
+
+ private:
+  static TFORMER_DEVICE void load_chunk(char* to, const T* source, int left, bool aligned) {
+    if (left == 0) {
+      store_16(to, Bits16Bytes{});
+    } else if (aligned) {
+      copy_async_16(to, source, left * static_cast<int>(sizeof(T)));
+    } else {
+      Chunk<T> chunk{};
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        if (e < left) chunk.x[e] = source[e];
+      }
+      *reinterpret_cast<Chunk<T>*>(to) = chunk;
+    }
+  }
 };
 
 // Products of a warp. A lane holds kLaneRows rows, and of a matrix with n columns n / 4 of them.
@@ -118,7 +134,10 @@ struct CudaCores {
   static constexpr int kColumns = 16;  // the smallest matrix
 
   static TFORMER_DEVICE int row(int r) { return 8 * r + lane() / 4; }
-  static TFORMER_DEVICE int column(int c) { return c / 4 * 16 + lane() % 4 * 4 + c % 4; }
+  // column(c) is the first one and a constant: what is compared with it can take the first one's side.
+  static TFORMER_DEVICE int first_column() { return lane() % 4 * 4; }
+  static constexpr int column_offset(int c) { return c / 4 * 16 + c % 4; }
+  static TFORMER_DEVICE int column(int c) { return first_column() + column_offset(c); }
 
   // s[i][j] += sum over d of a[a_row + i][d] b[j][d]
   template <int kC, class A, class B>
@@ -140,9 +159,25 @@ struct CudaCores {
     }
   }
 
-  // o[i][d] += sum over j of w[i][j] b[j][d]
+  // o[i][d] += sum over j of w[i][j] b[j][d]. In float the sum of a tile is added as a whole: one running total over all
+  // tiles would round more.
   template <int kC, int kO, class B>
   static TFORMER_DEVICE void multiply_down(R (&o)[kLaneRows][kO], const R (&w)[kLaneRows][kC], const B& b) {
+    if constexpr (sizeof(R) == 4) {
+      R part[kLaneRows][kO] = {};
+      add_down(part, w, b);
+#pragma unroll
+      for (int r = 0; r < kLaneRows; ++r) {
+#pragma unroll
+        for (int d = 0; d < kO; ++d) o[r][d] += part[r][d];
+      }
+    } else {
+      add_down(o, w, b);
+    }
+  }
+
+  template <int kC, int kO, class B>
+  static TFORMER_DEVICE void add_down(R (&o)[kLaneRows][kO], const R (&w)[kLaneRows][kC], const B& b) {
     static_assert(4 * kO == B::kWidth && 4 * kC == B::kRows);
 #pragma unroll 1
     for (int t = 0; t < 4; ++t) {
@@ -187,7 +222,9 @@ struct TensorCores {
   static constexpr int kFragments = kLaneRows / 2;
 
   static TFORMER_DEVICE int row(int r) { return 8 * r + lane() / 4; }
-  static TFORMER_DEVICE int column(int c) { return c / 2 * 8 + lane() % 4 * 2 + c % 2; }
+  static TFORMER_DEVICE int first_column() { return lane() % 4 * 2; }
+  static constexpr int column_offset(int c) { return c / 2 * 8 + c % 2; }
+  static TFORMER_DEVICE int column(int c) { return first_column() + column_offset(c); }
 
   template <int kC>
   static TFORMER_DEVICE void multiply(float (&s)[kLaneRows][kC], int m, int n, const uint32_t (&a)[4], uint32_t b0,
@@ -201,20 +238,20 @@ struct TensorCores {
 
   template <int kC, class A, class B>
   static TFORMER_DEVICE void multiply_rows(float (&s)[kLaneRows][kC], const A& a, int a_row, const B& b) {
-    const int l = lane();
+    const int l = lane();  // the same addresses in a tile for all three operands: they stay in registers
 #pragma unroll
     for (int d = 0; d < A::kWidth / 16; ++d) {
       uint32_t x[kFragments][4];
 #pragma unroll
-      for (int m = 0; m < kFragments; ++m) load_matrix_x4(x[m], a.at(a_row + 16 * m + l % 16, 2 * d + l / 16));
+      for (int m = 0; m < kFragments; ++m) load_matrix_x4(x[m], a.at(a_row + 16 * m + l % 16, 2 * d, l / 16));
 #pragma unroll
       for (int n = 0; n < kC / 4; ++n) {
         uint32_t y[4];
-        load_matrix_x4(y, b.at(16 * n + l % 8 + l / 16 * 8, 2 * d + l / 8 % 2));
+        load_matrix_x4(y, b.at(16 * n + l % 16, 2 * d, l / 16));
 #pragma unroll
         for (int m = 0; m < kFragments; ++m) {
-          multiply(s, m, 2 * n, x[m], y[0], y[1]);
-          multiply(s, m, 2 * n + 1, x[m], y[2], y[3]);
+          multiply(s, m, 2 * n, x[m], y[0], y[2]);
+          multiply(s, m, 2 * n + 1, x[m], y[1], y[3]);
         }
       }
     }
@@ -240,7 +277,7 @@ struct TensorCores {
 #pragma unroll
       for (int d = 0; d < kO / 4; ++d) {
         uint32_t y[4];
-        load_matrix_x4_transposed(y, b.at(16 * j + l % 16, 2 * d + l / 16));
+        load_matrix_x4_transposed(y, b.at(16 * j + l % 16, 2 * d, l / 16));
 #pragma unroll
         for (int m = 0; m < kFragments; ++m) {
           multiply(o, m, 2 * d, x[m], y[0], y[1]);

@@ -1,0 +1,230 @@
+"""The CUDA attention kernels, run by the emulation: what the CPU kernels are asked, and what only these have."""
+
+import pytest
+import torch
+from cases import CASES, Case, gradients, in_dtype, tensors
+from same_maths import yardsticks
+from tolerances import DTYPES, assert_close, assert_gradient_close, farther, yardstick_dtype
+
+from tformer_ext import functional as F
+from tformer_ext import reference
+
+NAMES = ("query", "key", "value", "bias or sinks", "sinks")
+WIDTHS = [Case(f"head dims {D} and {Dv}", (1, 2, 1, 140, 150, D, Dv), {"causal": "lower_right"})
+          for D, Dv in ((64, 64), (128, 128), (256, 256), (72, 24), (40, 200))]  # fmt: skip
+
+
+def dtypes_of(case):
+    """All four for the small; the long ones, which differ in ranges only, in two."""
+    return DTYPES if case.shape[4] < 2000 else (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", [*CASES, *WIDTHS], ids=str)
+def test_values_and_gradients(case, emulated):
+    for dtype in dtypes_of(case):
+        torch.manual_seed(1)
+        qkv, options = tensors(case, dtype)
+        B, Hq, _, Sq, _, _, Dv = case.shape
+        cotangents = torch.randn(B, Hq, Sq, Dv).to(dtype), torch.randn(B, Hq, Sq)
+        golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
+        same = list(zip(*yardsticks(qkv, options, cotangents, yardstick_dtype(dtype)), strict=True))
+        outs, grads = gradients(F.attention, *in_dtype(qkv, options, dtype, True), cotangents)
+        for name, a, g, f in zip(("out", "lse"), outs, golden[0], same[:2], strict=True):
+            assert_close(a.detach(), g.detach(), farther(f, g.detach()), f"{dtype} {name}")
+        for name, a, g, f in zip(NAMES, grads, golden[1], same[2:], strict=False):
+            assert_gradient_close(a, g, farther(f, g), f"{dtype} gradient of {name}")
+
+
+def results(case, dtype):
+    """Outputs and gradients as one list."""
+    torch.manual_seed(3)
+    qkv, options = tensors(case, dtype)
+    B, Hq, _, Sq, _, _, Dv = case.shape
+    cotangents = torch.randn(B, Hq, Sq, Dv), torch.randn(B, Hq, Sq)
+    outs, grads = gradients(F.attention, *in_dtype(qkv, options, dtype, True), cotangents)
+    return [t.detach() for t in outs] + list(grads)
+
+
+RACES = ("everything", "bias over query groups", "several key ranges", "one past the tiles", "bias per key", "dropout")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in RACES] + WIDTHS[:2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_order_of_threads_does_not_show(case, dtype, emulated):
+    expected = results(case, dtype)
+    for seed in (1, 2, 3):
+        emulated.set_seed(seed)
+        for n, (a, b) in enumerate(zip(results(case, dtype), expected, strict=True)):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"result {n} with seed {seed}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", [0, -1, 123456789012345])
+def test_dropout_mask_is_the_references(dtype, seed, emulated):
+    """Forward by what is kept of equal weights, backward by which values get a gradient."""
+    B, H, Sq, Sk, p = 2, 3, 7, 150, 0.3
+    q, k = torch.zeros(B, H, Sq, 4, dtype=dtype), torch.zeros(B, H, Sk, 4, dtype=dtype)
+    v = torch.eye(Sk, dtype=dtype).expand(B, H, Sk, Sk).requires_grad_()
+    kept = reference.attention_dropout_mask(seed, B, H, Sq, Sk, p)
+    out = F.attention(q, k, v, dropout_p=p, dropout_seed=seed)
+    assert torch.equal(out != 0, kept)
+    for i in (0, 6):
+        (grad,) = torch.autograd.grad(out[:, :, i].sum(), v, retain_graph=True)
+        assert torch.equal(grad[..., 0] != 0, kept[:, :, i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["query", "key", "value", "cotangent"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, emulated):
+    tensors = [torch.randn(1, 1, 100, 16).to(dtype) for _ in range(4)]
+    tensors[("query", "key", "value", "cotangent").index(where)][0, 0, 50, 3] = bad
+    *leaves, cotangent = tensors
+    leaves = [t.requires_grad_() for t in leaves]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    mask = torch.rand(100, 100) > 0.5
+    for options in ({"causal": True}, {"causal": True, "mask": mask}):
+        out = F.attention(*leaves, **options)
+        golden = reference.attention(*doubles, **options)
+        hit = ~torch.isfinite(golden)
+        assert hit.any() or where == "cotangent"
+        assert torch.equal(~torch.isfinite(out), hit)
+        grads = torch.autograd.grad(out, leaves, cotangent)
+        expected = torch.autograd.grad(golden, doubles, cotangent.double())
+        for name, g, e in zip(NAMES, grads, expected, strict=False):
+            assert torch.equal(~torch.isfinite(g), ~torch.isfinite(e)), name
+
+
+def test_dead_rows_are_zero_with_zero_gradients(emulated):
+    for dtype in DTYPES:
+        q, k, v = (torch.randn(1, 2, 70, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+        mask = torch.ones(70, 70, dtype=torch.bool)
+        mask[10:20] = False
+        mask[:, 64:] = False
+        bias = torch.zeros(70, 70, dtype=dtype)
+        bias[30] = -torch.inf
+        out, lse = F.attention(q, k, v, mask=mask, bias=bias, return_lse=True)
+        dead = [*range(10, 20), 30]
+        assert out[:, :, dead].eq(0).all() and lse[:, :, dead].eq(-torch.inf).all()
+        assert torch.isfinite(lse[:, :, [0, 21, 69]]).all()
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(torch.isfinite(g).all() for g in grads)
+        assert grads[0][:, :, dead].eq(0).all()
+        assert grads[1][:, :, 64:].eq(0).all() and grads[2][:, :, 64:].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hidden_garbage_reaches_nothing(dtype, emulated):
+    """What padding holds does not matter, not even NaN."""
+    q, k, v = (torch.randn(2, 2, 130, 32, dtype=dtype, requires_grad=True) for _ in range(3))
+    lengths = torch.tensor([130, 77])
+    clean = F.attention(q, k, v, key_lengths=lengths)
+    clean_grads = torch.autograd.grad(clean.sum(), (q, k, v))
+    dirty_k, dirty_v = k.detach().clone(), v.detach().clone()
+    dirty_k[1, :, 77:], dirty_v[1, :, 77:] = float("nan"), float("inf")
+    dirty_k.requires_grad_(), dirty_v.requires_grad_()
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 2e-3}
+    for keywords in ({"key_lengths": lengths}, {"mask": (torch.arange(130) < lengths[:, None])[:, None, None]}):
+        out = F.attention(q, dirty_k, dirty_v, **keywords)
+        torch.testing.assert_close(out, clean, **close)
+        for a, b in zip(torch.autograd.grad(out.sum(), (q, dirty_k, dirty_v)), clean_grads, strict=True):
+            torch.testing.assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_empty(shape, sinks, emulated):
+    qkv, options = tensors(Case("", shape, sinks=sinks, bias=(1, 2, 1, 1)), torch.float32)
+    leaves, options = in_dtype(qkv, options, torch.float32, True)
+    out, lse = F.attention(*leaves, **options, return_lse=True)
+    B, H, _, Sq, Sk, _, Dv = shape
+    assert out.shape == (B, H, Sq, Dv)
+    if Sk == 0:
+        assert torch.equal(out, torch.zeros_like(out)) and torch.equal(lse, torch.full_like(lse, -torch.inf))
+    grads = torch.autograd.grad(out.sum() + torch.where(lse == -torch.inf, 0, lse).sum(), [*leaves, *options.values()])
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+LENGTHS = [(5, 70, 0, 130, 1), (70, 9, 3, 130, 0)]  # of queries, of keys
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"causal": "lower_right", "window": (40, -1), "dropout_p": 0.2}], ids=str)
+def test_packed_sequences(dtype, options, emulated):
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in LENGTHS)
+    q, k, v = (torch.randn(int(cu[-1]), h, 24).to(dtype) for cu, h in ((cu_q, 4), (cu_k, 2), (cu_k, 2)))
+    if options:
+        options = options | {"dropout_seed": 5, "sinks": torch.randn(4, dtype=dtype), "alibi_slopes": torch.rand(5, 4)}
+    cotangent = torch.randn(len(q), 4, 24).to(dtype)
+
+    def run(function, to):
+        leaves = [t.to(to).requires_grad_() for t in (q, k, v)]
+        keywords = {n: t.to(to) if n == "sinks" else t for n, t in options.items()}
+        out, lse = function(*leaves, cu_q, cu_k, **keywords, return_lse=True)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, cotangent.to(to))]
+
+    golden = run(reference.attention_varlen, torch.float64)
+    same = run(reference.attention_varlen, yardstick_dtype(dtype))
+    for a, g, f in zip(run(F.attention_varlen, dtype), golden, same, strict=True):
+        assert_close(a, g, f)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": "lower_right", "window": (900, -1)}, {"key_lengths": [1500, 0]}], ids=str
+)
+def test_split_keys(dtype, options, emulated):
+    """A few queries of many keys; some splits hold no visible key."""
+    case = Case("", (2, 4, 2, 3, 1500, 64, 40), options, sinks=True)
+    qkv, options = tensors(case, dtype)
+    qkv[2][:, :, 700:] += 1  # the merge's order and weights show
+    out, lse = F.attention(*qkv, **options, return_lse=True)
+    golden = reference.attention(
+        *in_dtype(qkv, options, torch.float64)[0], **{**options, "sinks": options["sinks"].double()}, return_lse=True
+    )
+    same = reference.attention(*qkv, **options, return_lse=True)
+    for a, g, f in zip((out, lse), golden, same, strict=True):
+        assert_close(a, g, f)
+
+
+def test_sum_over_many_that_share_a_bias(emulated):
+    """Few entries for many batches and heads: several sums, added in order."""
+    case = Case("", (6, 4, 4, 20, 30, 16, 16), bias=(1, 1, 20, 30))
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv, options = tensors(case, dtype)
+        cotangents = torch.randn(6, 4, 20, 16), torch.randn(6, 4, 20)
+        golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
+        same = list(zip(*yardsticks(qkv, options, cotangents, dtype), strict=True))
+        actual = gradients(F.attention, *in_dtype(qkv, options, dtype, True), cotangents)
+        assert_gradient_close(actual[1][3], golden[1][3], farther(same[5], golden[1][3]))
+
+
+def test_errors(emulated):
+    wide = torch.randn(1, 1, 4, 257)
+    with pytest.raises(RuntimeError, match="head dimensions up to 256 on CUDA, got 257"):
+        F.attention(wide, wide, wide)
+
+
+def test_gradcheck(emulated):
+    q, k, v = (torch.randn(1, 2, n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 7, 7))
+    bias = torch.randn(1, 1, 4, 7, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def run(q, k, v, bias, sinks):
+        options = {"softcap": 2.0, "causal": "lower_right", "dropout_p": 0.2, "dropout_seed": 3}
+        return F.attention(q, k, v, bias=bias, sinks=sinks, return_lse=True, **options)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, bias, sinks))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_most_negative_bias_still_takes_part(dtype, emulated):
+    """Masks written as the most negative number leave a fully masked row uniform, as the formula says."""
+    q, k, v = (torch.randn(1, 1, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(9, 9, dtype=dtype)
+    bias[3] = torch.finfo(dtype).min
+    out = F.attention(q, k, v, bias=bias)
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype.itemsize == 2 else {}
+    torch.testing.assert_close(out[0, 0, 3], v[0, 0].mean(0), **close)
+    (grad,) = torch.autograd.grad(out[0, 0, 3].sum(), v)
+    torch.testing.assert_close(grad, torch.full_like(grad, 1 / 9), **close)
