@@ -27,4 +27,8 @@ def kept_bytes() -> int:
     """Memory of freed results kept at the moment."""
 
 def build_info() -> dict[str, Any]:
-    """How this was built: version, commit, torch, cuda, sanitize, flags (per instruction set), compiler."""
+    """How this was built: version, commit, torch, cuda, sanitize, flags (per instruction set), compiler.
+
+    cuda lists what the CUDA kernels were compiled to, such as sm_90, or compute_90 for what newer GPUs' drivers compile;
+    it is empty in a build without them.
+    """
