@@ -29,6 +29,6 @@ def kept_bytes() -> int:
 def build_info() -> dict[str, Any]:
     """How this was built: version, commit, torch, cuda, sanitize, flags (per instruction set), compiler.
 
-    cuda lists what the CUDA kernels were compiled to, such as sm_90, or compute_90 for what newer GPUs' drivers compile;
+    cuda lists what the CUDA kernels were compiled to, such as sm_90, or compute_90 for drivers of newer GPUs to compile;
     it is empty in a build without them.
     """
