@@ -20,15 +20,9 @@ def vector_bytes() -> int:
 def measure_ceiling(kind: str, dtype: str, seconds: float = 0.02) -> float:
     """Operations per second of this thread: kind fma (a multiply-add is two) or exp, dtype a name like float32."""
 
-def set_kept_bytes(bytes: int) -> int:
-    """Keeps at most so much memory of freed results for the next ones; 0: none. Returns the limit before."""
-
-def kept_bytes() -> int:
-    """Memory of freed results kept at the moment."""
-
 def build_info() -> dict[str, Any]:
     """How this was built: version, commit, torch, cuda, sanitize, flags (per instruction set), compiler.
 
-    cuda lists what the CUDA kernels were compiled to, such as sm_90, or compute_90 for drivers of newer GPUs to compile;
-    it is empty in a build without them.
+    cuda lists what the CUDA kernels were compiled to, such as sm_90, or compute_90, which the drivers of newer GPUs
+    compile; it is empty in a build without them.
     """
