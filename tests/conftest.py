@@ -8,6 +8,7 @@ from ranks import Ranks
 
 import tformer_ext
 from tformer_ext import _C
+from tformer_ext.arguments import has_cuda_kernels
 from tformer_ext.ops import attention, residual_norm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,9 +76,7 @@ def cuda():
         yield
 
 
-@pytest.fixture(params=[*_C.supported_isas(), "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
-def kernels(request):
-    """Runs the test once with the kernels of every instruction set, with the emulated CUDA kernels and on a GPU."""
+def _use(request):
     if request.param in ("emulated", "cuda"):
         request.getfixturevalue(request.param)
         return request.param
@@ -85,6 +84,24 @@ def kernels(request):
     _C.set_cpu_isa(request.param)
     request.addfinalizer(lambda: _C.set_cpu_isa(before))
     return request.param
+
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+@pytest.fixture(params=[*_C.supported_isas(), "emulated", ON_GPU])
+def kernels(request):
+    """Runs the test once with the kernels of every instruction set, with the emulated CUDA kernels and on a GPU."""
+    return _use(request)
+
+
+@pytest.fixture(params=[*_C.supported_isas(), ON_GPU])
+def attention_kernels(request):
+    """As kernels, for attention: the emulation takes long for it and has tests of its own."""
+    name = _use(request)
+    if name == "cuda" and not has_cuda_kernels("attention"):
+        pytest.skip("this build has no CUDA kernels of attention")
+    return name
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ def build() -> str:
 
 def run_tests() -> str:
     """Only the files with such tests: what the others import need not be there."""
-    marked = re.compile(r"[(,] ?kernels[,)]|mark\.cuda")
+    marked = re.compile(r"[ (](attention_)?kernels[,)]|mark\.cuda")
     files = [
         str(f.relative_to(ROOT)) for f in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(f.read_text())
     ]

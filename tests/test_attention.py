@@ -24,7 +24,7 @@ def dtypes_of(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(case, isa):
+def test_values_and_gradients(case, attention_kernels):
     for dtype in dtypes_of(case):
         torch.manual_seed(1)
         qkv, options = tensors(case, dtype)
@@ -45,7 +45,7 @@ def test_values_and_gradients(case, isa):
 
 
 @pytest.mark.parametrize("bias_dtype", DTYPES)
-def test_bias_of_another_dtype(bias_dtype, isa):
+def test_bias_of_another_dtype(bias_dtype, attention_kernels):
     qkv, options = tensors(Case("", (2, 2, 2, 20, 70, 16, 16), bias=(2, 1, 20, 70)), torch.float32)
     bias = options["bias"].to(bias_dtype).requires_grad_()
     out = F.attention(*qkv, bias=bias)
@@ -61,7 +61,7 @@ def test_bias_of_another_dtype(bias_dtype, isa):
     assert_gradient_close(gradient.to(computed), expected.double(), yardstick.to(computed))
 
 
-def test_most_negative_bias_still_takes_part(isa):
+def test_most_negative_bias_still_takes_part(attention_kernels):
     """Masks written as the most negative number leave a fully masked row uniform, as the formula says."""
     q, k, v = (torch.randn(1, 1, 9, 8) for _ in range(3))
     bias = torch.zeros(9, 9)
@@ -81,7 +81,7 @@ def test_output_keeps_the_memory_order_of_query(layout):
 
 @pytest.mark.parametrize("shape", [(0, 2, 2, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_empty(shape, sinks, isa):
+def test_empty(shape, sinks, attention_kernels):
     qkv, options = tensors(Case("", shape, sinks=sinks, bias=(1, 2, 1, 1)), torch.float32)
     leaves, options = in_dtype(qkv, options, torch.float32, True)
     out, lse = F.attention(*leaves, **options, return_lse=True)
@@ -94,7 +94,7 @@ def test_empty(shape, sinks, isa):
         assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
-def test_dead_rows_are_zero_with_zero_gradients(isa):
+def test_dead_rows_are_zero_with_zero_gradients(attention_kernels):
     for dtype in DTYPES:
         q, k, v = (torch.randn(1, 2, 70, 16, dtype=dtype, requires_grad=True) for _ in range(3))
         mask = torch.ones(70, 70, dtype=torch.bool)
@@ -115,7 +115,7 @@ def test_dead_rows_are_zero_with_zero_gradients(isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, isa):
+def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, attention_kernels):
     leaves = [torch.randn(1, 1, 100, 16).to(dtype) for _ in range(3)]
     leaves[("query", "key", "value").index(where)][0, 0, 50, 3] = bad
     leaves = [t.requires_grad_() for t in leaves]
@@ -131,7 +131,7 @@ def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad
         assert torch.equal(~torch.isfinite(g), ~torch.isfinite(e)), name
 
 
-def test_hidden_garbage_reaches_nothing(isa):
+def test_hidden_garbage_reaches_nothing(attention_kernels):
     """What padding holds does not matter, not even NaN."""
     q, k, v = (torch.randn(2, 2, 130, 32, requires_grad=True) for _ in range(3))
     lengths = torch.tensor([130, 77])
@@ -149,7 +149,7 @@ def test_hidden_garbage_reaches_nothing(isa):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_large_scores_do_not_overflow(isa):
+def test_large_scores_do_not_overflow(attention_kernels):
     for dtype in DTYPES[1:]:
         q, k, v = (torch.randn(1, 1, 70, 16).to(dtype) for _ in range(3))
         out = F.attention(q * 100, k, v, scale=10.0)

@@ -23,6 +23,12 @@ def bounds(lengths):
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
 
 
+def options_of(name):
+    """On the device where new tensors are."""
+    device = torch.empty(0).device
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in OPTIONS[name].items()}
+
+
 def packed(dtype, requires_grad=False):
     totals = sum(Q_LENGTHS), sum(K_LENGTHS)
     shapes = (totals[0], 4, 16), (totals[1], 2, 16), (totals[1], 2, 24)
@@ -31,24 +37,24 @@ def packed(dtype, requires_grad=False):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_agrees_with_single_sequences(name, dtype, isa):
-    qkv = packed(dtype)
+def test_agrees_with_single_sequences(name, dtype, attention_kernels):
+    qkv, options = packed(dtype), options_of(name)
     low = yardstick_dtype(dtype)
     cu = bounds(Q_LENGTHS), bounds(K_LENGTHS)
-    out, lse = F.attention_varlen(*qkv, *cu, **OPTIONS[name], return_lse=True)
-    golden = reference.attention_varlen(*(t.double() for t in qkv), *cu, **OPTIONS[name], return_lse=True)
-    same = reference.attention_varlen(*(t.to(low) for t in qkv), *cu, **OPTIONS[name], return_lse=True)
+    out, lse = F.attention_varlen(*qkv, *cu, **options, return_lse=True)
+    golden = reference.attention_varlen(*(t.double() for t in qkv), *cu, **options, return_lse=True)
+    same = reference.attention_varlen(*(t.to(low) for t in qkv), *cu, **options, return_lse=True)
     assert_close(out, golden[0], same[0], "out")
     assert_close(lse, golden[1], same[1], "lse")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_gradients(name, isa):
-    qkv = packed(torch.float64, requires_grad=True)
+def test_gradients(name, attention_kernels):
+    qkv, options = packed(torch.float64, requires_grad=True), options_of(name)
     cu = bounds(Q_LENGTHS), bounds(K_LENGTHS)
     cotangent = torch.randn(sum(Q_LENGTHS), 4, 24, dtype=torch.float64)
-    actual = torch.autograd.grad(F.attention_varlen(*qkv, *cu, **OPTIONS[name]), qkv, cotangent)
-    expected = torch.autograd.grad(reference.attention_varlen(*qkv, *cu, **OPTIONS[name]), qkv, cotangent)
+    actual = torch.autograd.grad(F.attention_varlen(*qkv, *cu, **options), qkv, cotangent)
+    expected = torch.autograd.grad(reference.attention_varlen(*qkv, *cu, **options), qkv, cotangent)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
