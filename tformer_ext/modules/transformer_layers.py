@@ -53,9 +53,9 @@ class _Layer:
         if self._overrides(block):
             if cache is not None:
                 raise ValueError(f"cache: expected None with a {block} of {type(self).__name__}, which knows no cache")
-            inputs = (x,) if memory is x else (x, memory)
+            inputs = (x,) if block == "_sa_block" else (x, memory)
             return getattr(self, block)(*inputs, attn_mask, key_padding_mask, is_causal=is_causal), None
-        attention = self.self_attn if memory is x else self.multihead_attn
+        attention = self.self_attn if block == "_sa_block" else self.multihead_attn
         more = {} if cache is None else {"cache": cache}
         out = attention(
             x, memory, memory, attn_mask=attn_mask, key_padding_mask=key_padding_mask, need_weights=False,
