@@ -8,6 +8,7 @@ from torch import nn
 from transformer_cases import FF, PADDING, E, H, N, S, T, attention_mask, compare, pair, sequence
 
 import tformer_ext as tx
+from tformer_ext.bench.harness import Contender, extra_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched", "ignore:.*nested.tensor")
 
@@ -88,6 +89,25 @@ def test_the_causal_mask_is_recognised(monkeypatch):
         other[at] = value
         encoder(x, other)
         assert all("causal" not in options and "bias" in options for options in seen), (at, value)
+
+
+@pytest.mark.parametrize(
+    ("causal", "hidden"), [(None, None), (None, "end"), ("causal float", None), ("causal bool", "begin")]
+)
+def test_memory_grows_with_the_length_not_its_square(causal, hidden):
+    """A training step at a length whose square, in bytes, is far more than all activations."""
+    length = 3072
+    layer = tx.TransformerEncoderLayer(E, H, FF, 0.1, batch_first=True)
+    x, mask = torch.randn(1, length, E), attention_mask(causal, length, length, torch.float32)
+    padding = torch.arange(length)[None] >= 2000
+    padding = None if hidden is None else padding if hidden == "end" else padding.flip(1)
+    leaves = list(layer.parameters())
+
+    def step():
+        return torch.autograd.grad(layer(x, mask, padding).sum(), leaves)
+
+    step()
+    assert extra_bytes(Contender("step", step)) < length * length
 
 
 def test_padding_at_the_end_becomes_lengths(monkeypatch):
