@@ -10,8 +10,8 @@
 namespace tformer::gpu {
 
 // Sizes of a block. A lane's registers hold o, kLaneRows x kWidth / 4, and the weights, kLaneRows x kKeys / 4; the
-// general kernel of 16-bit elements leaves more of them to the operands. At most 96 KB of shared memory, so that any GPU
-// from sm_80 has them; 128 KB for float64 above 128.
+// general kernel of 16-bit elements leaves more of them to the operands. At most 99 KB of shared memory, so that any
+// GPU from sm_80 has them; 128 KB and more for float64 above 128.
 template <class T, int kWidth, bool kPlain>
 struct ForwardShape {
   static constexpr bool k16Bit = sizeof(T) == 2;

@@ -86,8 +86,8 @@ struct Scores {
         bias_offset(b * params.bias.stride[0] + h * params.bias.stride[1]),
         mask_offset(b * params.mask.stride[0] + h * params.mask.stride[1]) {}
 
-  // weight(x, held(m)) = e^(x - m). Plain scores: one multiply-add. With operands added, the difference first: a bias may
-  // be the most negative number, which no factor must make infinite.
+  // weight(x, held(m)) = e^(x - m). Plain scores: one multiply-add. With operands added, the difference first: a bias
+  // may be the most negative number, which no factor must make infinite.
   TFORMER_DEVICE R held(R m) const { return kPlain ? m * unit : m; }
   TFORMER_DEVICE R weight(R x, R held) const {
     return Exponent<T>::power(kPlain ? fma(x, unit, -held) : (x - held) * unit);

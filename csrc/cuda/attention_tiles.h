@@ -1,6 +1,6 @@
 // Tiles of rows in shared memory, and products of tiles: on tensor cores for bf16 and f16, on CUDA cores for float and
-// double. Both spread a matrix over the lanes of a warp alike: a lane holds the rows 8 r + lane / 4 of its warp's, and a
-// quarter of their columns. What is written in those terms is written once.
+// double. Both spread a matrix over the lanes of a warp alike: a lane holds the rows 8 r + lane / 4 of its warp's, and
+// a quarter of their columns. What is written in those terms is written once.
 #pragma once
 
 #include <gpu/device.h>
@@ -159,8 +159,8 @@ struct CudaCores {
     }
   }
 
-  // o[i][d] += sum over j of w[i][j] b[j][d]. In float the sum of a tile is added as a whole: one running total over all
-  // tiles would round more.
+  // o[i][d] += sum over j of w[i][j] b[j][d]. In float the sum of a tile is added as a whole: one running total over
+  // all tiles would round more.
   template <int kC, int kO, class B>
   static TFORMER_DEVICE void multiply_down(R (&o)[kLaneRows][kO], const R (&w)[kLaneRows][kC], const B& b) {
     if constexpr (sizeof(R) == 4) {
