@@ -100,6 +100,13 @@ def test_operations_see_the_elements():
     assert "window" in repr(mask)
 
 
+def test_inference_mode():
+    model, batch = build("Mistral", *DECODERS["Mistral"], "tformer_ext"), tokens("left")
+    expected = model(**batch).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**batch).logits, expected)
+
+
 def test_a_change_in_place_counts():
     mask = position_mask()
     assert mask.masked_fill_(torch.tensor([True] + [False] * 5), False) is mask

@@ -308,6 +308,8 @@ def test_what_is_no_model():
             tx.replace_modules(wrong)
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
             tx.restore_modules(wrong)
+    with pytest.raises(TypeError, match="filter_fn: expected a function"):
+        tx.replace_modules(nn.LayerNorm(3), "norms")
 
 
 def scripted():

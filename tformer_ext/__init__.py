@@ -26,14 +26,13 @@ from .modules import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
-from .replacement import Report, replace_modules, restore_modules
+from .replacement import replace_modules, restore_modules
 
 __version__ = _C.build_info()["version"]
 
 __all__ = [
     "KeyValueCache",
     "MultiheadAttention",
-    "Report",
     "ResidualLayerNorm",
     "ResidualRMSNorm",
     "RotaryEmbedding",

@@ -102,9 +102,12 @@ def replace_modules(model, filter_fn=None):
             attention of a transformers model it is asked about the model.
 
     Raises:
-        TypeError: model is not a module, or has been compiled, wrapped, scripted or traced; nothing was changed then.
+        TypeError: filter_fn is no function, or model is not a module or has been compiled, wrapped, scripted or traced;
+            nothing was changed then.
     """
     _check(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: expected a function of (module, name) or None, got {type(filter_fn).__name__}")
     rows = _switch_attention(model, filter_fn)
     for name, module in model.named_modules():
         row = _replace(module, name, filter_fn)

@@ -127,7 +127,7 @@ class OPTPreNorm(Block):
         options = {"attention_mask": None} | self.by_name(args, kwargs)
         options.pop("use_cache", None)
         attended, _ = self.self_attn(hidden_states=self.self_attn_layer_norm(hidden_states), **options)
-        dropout = torch.nn.Dropout(self.dropout).train(self.training)
+        dropout = _dropout(self)
         flat = [t.reshape(-1, t.shape[-1]) for t in (attended, hidden_states)]
         y, x = add_norm(flat[0], dropout, flat[1], self.final_layer_norm, keep=True)
         return (x + dropout(self.fc2(self.activation_fn(self.fc1(y))))).view(hidden_states.shape)
@@ -143,6 +143,59 @@ class GPTNeoXPreNorm(Block):
         attended, _ = self.attention(self.input_layernorm(hidden_states), **options)
         y, x = add_norm(attended, self.post_attention_dropout, hidden_states, self.post_attention_layernorm, keep=True)
         return self.post_mlp_dropout(self.mlp(y)) + x
+
+
+class BartEncoder(Block):
+    """Post-norm attention and feed-forward; each sum and its norm are one operation."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        attended, _ = self.self_attn(hidden_states, **self.by_name(args, kwargs))
+        x = add_norm(attended, _dropout(self), hidden_states, self.self_attn_layer_norm)
+        x = self.feed_forward(x)
+        if x.dtype == torch.float16 and not torch.isfinite(x).all():
+            bound = torch.finfo(x.dtype).max - 1000
+            x = torch.clamp(x, min=-bound, max=bound)
+        return x
+
+    def feed_forward(self, x):
+        y = torch.nn.functional.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training)
+        return add_norm(self.fc2(y), _dropout(self), x, self.final_layer_norm)
+
+
+class BartDecoder(BartEncoder):
+    """The same with attention to the encoder between the two."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        options = {"attention_mask": None, "cache": None} | self.by_name(args, kwargs)
+        memory, memory_mask = (options.pop(f"encoder_{name}", None) for name in ("hidden_states", "attention_mask"))
+        options.pop("use_cache", None)
+        attended, _ = self.self_attn(hidden_states, **options)
+        x = add_norm(attended, _dropout(self), hidden_states, self.self_attn_layer_norm)
+        if memory is not None:
+            options["attention_mask"] = memory_mask
+            attended, _ = self.encoder_attn(x, key_value_states=memory, **options)
+            x = add_norm(attended, _dropout(self), x, self.encoder_attn_layer_norm)
+        return self.feed_forward(x)
+
+
+class CLIPPreNorm(Block):
+    def forward(self, hidden_states, *args, **kwargs):
+        options = self.by_name(args, kwargs)
+        attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), **options)
+        y, x = add_norm(attended, None, hidden_states, self.layer_norm2, keep=True)
+        return x + self.mlp(y)
+
+
+class ViTPreNorm(Block):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        y, x = add_norm(attended, self.dropout, hidden_states, self.layernorm_after, keep=True)
+        return self.dropout(self.mlp(y)) + x
+
+
+def _dropout(layer):
+    """For layers that hold the probability only."""
+    return torch.nn.Dropout(layer.dropout).train(layer.training)
 
 
 # form -> "folder.Class ..." of transformers.models
@@ -170,6 +223,10 @@ FORMS = {
         qwen3.Qwen3DecoderLayer qwen3_moe.Qwen3MoeDecoderLayer smollm3.SmolLM3DecoderLayer gemma.GemmaDecoderLayer
         olmo.OlmoDecoderLayer starcoder2.Starcoder2DecoderLayer
         """,
+    BartEncoder: "bart.BartEncoderLayer marian.MarianEncoderLayer plbart.PLBartEncoderLayer",
+    BartDecoder: "bart.BartDecoderLayer marian.MarianDecoderLayer plbart.PLBartDecoderLayer",
+    CLIPPreNorm: "clip.CLIPEncoderLayer siglip.SiglipEncoderLayer siglip2.Siglip2EncoderLayer",
+    ViTPreNorm: "vit.ViTLayer vit_mae.ViTMAELayer deit.DeiTLayer",
     GPT2PreNorm: "gpt2.GPT2Block",
     OPTPreNorm: "opt.OPTDecoderLayer",
     GPTNeoXPreNorm: "gpt_neox.GPTNeoXLayer",
