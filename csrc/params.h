@@ -54,11 +54,14 @@ struct AttentionParams {
   double dropout_p;                   // 0 = none
   const int64_t* dropout_seed;        // one element, null without dropout
 
+  // Forward only: keys of a part, where the keys of a row are computed in parts that are merged in the end; else 0.
+  int64_t part_keys;
+  void* parts;  // (parts, B, Hq, Sq, Dv + 2) float (double for f64): o before the division, m, l
+
   // Backward only.
   Rows grad_o;  // (B, Hq, Sq, Dv)
   Rows grad_q, grad_k, grad_v;
   const void* grad_lse;         // like lse, contiguous strides lse_stride; or null
-  const double* delta;          // (B, Hq, Sq) through lse_stride: rowsum(do * o) - dlse
   void* grad_bias;              // accumulator in float (double for f64), null where no gradient is wanted
   int64_t grad_bias_stride[4];  // elements; 0 in a dimension that is summed over
 };

@@ -80,6 +80,12 @@ CASES = [
         {"causal": "lower_right", "window": (50, -1), "softcap": 4, "scale": 0.3, "dropout_p": 0.2, "dropout_seed": 9},
         bias=(1, 4, 70, 90), mask=(2, 1, 70, 90), alibi="H", sinks=True, layout="BSHD",
     ),
+    Case("several heads of a task", (9, 6, 3, 33, 40, 24, 16), {"key_lengths": [40, 3, 0, 21, 40, 9, 40, 1, 17]}),
+    Case("several parts of the keys", (2, 6, 2, 3, 1500, 32, 40), {"causal": "lower_right"}, sinks=True),
+    Case("several parts with one query", (2, 16, 2, 1, 1100, 33, 16), {"key_lengths": [1100, 450]}),
+    Case("several parts none seen", (1, 2, 2, 8, 1300, 16, 16), {"window": (600, 2), "softcap": 9.0}, mask=(8, 1300)),
+    Case("several parts with dropout", (1, 2, 1, 5, 1300, 9, 9), {"dropout_p": 0.2, "dropout_seed": 5}, bias=(5, 1300)),
+    Case("rising scores", (1, 2, 2, 20, 300, 16, 16), {"scale": 6.0}),
     Case("several key ranges", (1, 2, 1, 40, 2500, 32, 32), {"causal": "lower_right"}),
     Case("several key ranges with mask", (1, 1, 1, 13, 2500, 64, 64), mask=(1, 1, 1, 2500), bias=(1, 1, 13, 2500)),
 ]  # fmt: skip

@@ -59,20 +59,74 @@ int64_t parts_for(int64_t heads) {
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// Neighbouring heads that a task takes one after the other: each is fetched while the one before is computed. Tasks get
+// batch entries [b, b + batches) and `heads` query heads.
+struct Neighbours {
+  int64_t batches = 1, heads;
+
+  Neighbours(const AttentionParams& p, int64_t parts) : heads(p.Hq / p.Hk) {
+    constexpr int64_t kTasksPerThread = 8;
+    if (parts > 1) return;
+    const int64_t key_heads = p.B * p.Hk / (kTasksPerThread * thread_count());  // of a task
+    if (key_heads >= 2 * p.Hk && !p.cu_seqlens_q) {
+      batches = key_heads / p.Hk, heads = p.Hq;
+    } else if (key_heads > 0) {
+      const int64_t tasks = (p.Hk + key_heads - 1) / key_heads;  // of a batch entry: near-equal ones
+      heads *= (p.Hk + tasks - 1) / tasks;
+    }
+  }
+};
+
+// Keys of a part where few queries meet many keys (decoding): then the keys are what threads can share. A function of
+// shapes alone, since it shows in the rounding. 0: no parts.
+int64_t keys_of_part(const AttentionParams& p) {
+  constexpr int64_t kMostQueries = 8, kLeastKeys = 512, kMostParts = 64;
+  if (p.cu_seqlens_q || p.Sq > kMostQueries || p.Sk < 2 * kLeastKeys) return 0;
+  return std::max(kLeastKeys, round_up((p.Sk + kMostParts - 1) / kMostParts, kKeysUnit));
+}
+
+// A task for each part of the keys of each key head.
+Work part_work(const AttentionParams& p) {
+  Work work;
+  const int64_t group = p.Hq / p.Hk;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const Sequence s = sequence_of(p, b);
+    const KeyRange range(p, s);
+    const int64_t begin = s.Sq > 0 ? range.begin(0) : 0, end = s.Sq > 0 ? range.end(s.Sq - 1) : 0;
+    for (int64_t h = 0; h < p.Hq; h += group) {
+      for (int64_t j = 0; j < p.Sk; j += p.part_keys) {
+        const int64_t stop = std::min(j + p.part_keys, p.Sk);
+        const double seen = static_cast<double>(std::max<int64_t>(std::min(stop, end) - std::max(j, begin), 0));
+        work.add({b, b + 1, h, h + group, 0, s.Sq, j, stop, false, false, false},
+                 seen * static_cast<double>((group * s.Sq + 8) * (p.D + p.Dv)));
+      }
+    }
+  }
+  work.sort();
+  return work;
+}
+
 // One task for all query heads of a key head, cut along the queries when there are few heads.
 Work forward_work(const AttentionParams& p) {
   Work work;
-  const int64_t group = p.Hq / p.Hk, parts = parts_for(p.B * p.Hk);
-  for (int64_t b = 0; b < p.B; ++b) {
-    const Sequence s = sequence_of(p, b);
+  const int64_t parts = parts_for(p.B * p.Hk);
+  const Neighbours near(p, parts);
+  for (int64_t b = 0; b < p.B; b += near.batches) {
+    const int64_t b_end = std::min(b + near.batches, p.B);
+    const Sequence s = sequence_of(p, b);  // several batch entries have the same Sq
     // below two units a part would spend its time packing keys
     const int64_t rows = std::max(round_up((s.Sq + parts - 1) / parts, kRowsUnit), std::min(2 * kRowsUnit, s.Sq));
-    for (int64_t h = 0; h < p.Hq; h += group) {
-      for (int64_t i = 0; i < s.Sq; i += rows) {
-        const int64_t end = std::min(i + rows, s.Sq);
-        const double width = static_cast<double>(group * (p.D + p.Dv));
-        work.add({b, b + 1, h, h + group, i, end, 0, s.Sk, false, false, false},
-                 width * (visible_pairs(p, s, i, end) + static_cast<double>(s.Sk)));
+    for (int64_t i = 0; i < s.Sq; i += rows) {
+      const int64_t end = std::min(i + rows, s.Sq);
+      double pairs = 0;
+      for (int64_t n = b; n < b_end; ++n) {
+        const Sequence each = sequence_of(p, n);
+        pairs += visible_pairs(p, each, i, end) + static_cast<double>(each.Sk);
+      }
+      for (int64_t h = 0; h < p.Hq; h += near.heads) {
+        const int64_t h_end = std::min(h + near.heads, p.Hq);
+        work.add({b, b_end, h, h_end, i, end, 0, p.Sk, false, false, false},
+                 pairs * static_cast<double>((h_end - h) * (p.D + p.Dv)));
       }
     }
   }
@@ -82,17 +136,21 @@ Work forward_work(const AttentionParams& p) {
 
 // dk and dv of a range of keys; with dq as well where one task has the whole head.
 void add_key_tasks(const AttentionParams& p, Work& work, int64_t parts, bool with_dq, bool with_dbias) {
-  const int64_t group = p.Hq / p.Hk;
-  for (int64_t b = 0; b < p.B; ++b) {
+  const Neighbours near(p, parts);
+  for (int64_t b = 0; b < p.B; b += near.batches) {
+    const int64_t b_end = std::min(b + near.batches, p.B);
     const Sequence s = sequence_of(p, b);
     const int64_t length = p.cu_seqlens_k ? s.Sk : p.Sk;  // gradients of keys past key_lengths are written too
     const int64_t keys = std::max(round_up((length + parts - 1) / parts, kKeysUnit), kKeysUnit);
-    const double pairs = visible_pairs(p, s, 0, s.Sq) * static_cast<double>(group * (p.D + p.Dv) * 2);
-    for (int64_t h = 0; h < p.Hq; h += group) {
-      for (int64_t j = 0; j < std::max<int64_t>(length, 1); j += keys) {
-        const int64_t end = std::min(j + keys, length);
-        work.add({b, b + 1, h, h + group, 0, s.Sq, j, end, with_dq, true, with_dbias},
-                 pairs * static_cast<double>(end - j) / static_cast<double>(std::max<int64_t>(length, 1)));
+    double pairs = 0;
+    for (int64_t n = b; n < b_end; ++n) pairs += visible_pairs(p, sequence_of(p, n), 0, s.Sq);
+    for (int64_t j = 0; j < std::max<int64_t>(length, 1); j += keys) {
+      const int64_t end = std::min(j + keys, length);
+      const double share = static_cast<double>(end - j) / static_cast<double>(std::max<int64_t>(length, 1));
+      for (int64_t h = 0; h < p.Hq; h += near.heads) {
+        const int64_t h_end = std::min(h + near.heads, p.Hq);
+        work.add({b, b_end, h, h_end, 0, s.Sq, j, end, with_dq, true, with_dbias},
+                 pairs * share * static_cast<double>((h_end - h) * (p.D + p.Dv) * 2));
       }
     }
   }
@@ -152,11 +210,22 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   set_lse(p, lse);
 
   const CpuKernels& kernels = cpu_kernels();
-  const Work work = forward_work(p);
+  p.part_keys = keys_of_part(p);
+  std::optional<Tensor> parts;
+  if (p.part_keys) {
+    parts =
+        empty({(p.Sk + p.part_keys - 1) / p.part_keys, p.B, p.Hq, p.Sq, p.Dv + 2}, accumulator_type(p.dtype), query);
+    p.parts = parts->mutable_data_ptr();
+  }
+  const Work work = p.part_keys ? part_work(p) : forward_work(p);
   parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n) {
     const AttentionTask& task = work.tasks[static_cast<size_t>(n)];
     kernels.attention_forward(p, task, ThreadScratch::get(kernels.attention_forward_scratch(p, task)));
   });
+  if (p.part_keys) {
+    const AttentionTask all{0, p.B, 0, p.Hq, 0, p.Sq, 0, p.Sk, false, false, false};
+    kernels.attention_merge(p, all, ThreadScratch::get(kernels.attention_forward_scratch(p, all)));
+  }
   return {out, lse};
 }
 
@@ -261,13 +330,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   BiasGradient bias_gradient(p, bias, bias_needs_grad);
 
   const CpuKernels& kernels = cpu_kernels();
-  std::vector<double> delta(static_cast<size_t>(lse.numel())), sink_parts(static_cast<size_t>(p.B * p.Hq));
-  const double delta_cost = static_cast<double>(query.numel());
-  parallel_tasks(p.B * p.Hq, delta_cost, [&](int64_t n) {
-    kernels.attention_delta(p, n / p.Hq, n % p.Hq, delta.data(), &sink_parts[static_cast<size_t>(n)]);
+  std::vector<double> sink_parts(sinks.has_value() ? static_cast<size_t>(p.B * p.Hq) : 0);
+  parallel_tasks(static_cast<int64_t>(sink_parts.size()), static_cast<double>(query.numel()), [&](int64_t n) {
+    sink_parts[static_cast<size_t>(n)] = kernels.attention_sink_gradient(p, n / p.Hq, n % p.Hq);
   });
-  p.delta = delta.data();
-
   const Work work = backward_work(p, bias_gradient.has_rows);
   parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n) {
     const AttentionTask& task = work.tasks[static_cast<size_t>(n)];

@@ -23,9 +23,10 @@ struct CpuKernels {
   int vector_bytes;
 
   void (*attention_forward)(const AttentionParams&, const AttentionTask&, void* scratch);
+  void (*attention_merge)(const AttentionParams&, const AttentionTask&, void* scratch);
   size_t (*attention_forward_scratch)(const AttentionParams&, const AttentionTask&);
-  // delta of one (batch, head) and, where there are sinks, its part of their gradient
-  void (*attention_delta)(const AttentionParams&, int64_t b, int64_t h, double* delta, double* grad_sink);
+  // the part of the sinks' gradient that comes from one (batch, head)
+  double (*attention_sink_gradient)(const AttentionParams&, int64_t b, int64_t h);
   void (*attention_backward)(const AttentionParams&, const AttentionTask&, void* scratch);
   size_t (*attention_backward_scratch)(const AttentionParams&, const AttentionTask&);
 

@@ -6,12 +6,26 @@
 
 #include "scores.h"
 #include "scratch.h"
+#include "upcoming.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
 
 // Rows of one block: two kQueryBlock x kKeyBlock tiles stay in cache between the five products.
 constexpr int64_t kQueryBlock = 96;
+
+// rowsum(do * o) of one row.
+template <class T>
+TFORMER_INLINE double row_product(const T* go, const T* o, int64_t width) {
+  using Real = typename Pack<T>::Real;
+  constexpr int L = kLanes<Real>;
+  Vec<Real> acc{};
+  for (int64_t d = 0; d < width; d += L) {
+    acc += width - d >= L ? load_as<Real>(o + d) * load_as<Real>(go + d)
+                          : load_as<Real>(o + d, width - d) * load_as<Real>(go + d, width - d);
+  }
+  return static_cast<double>(sum_lanes<Real>(acc));
+}
 
 template <class T>
 struct AttentionBackward {
@@ -21,6 +35,7 @@ struct AttentionBackward {
   static constexpr int L = kLanes<Real>;
 
   const AttentionParams& p;
+  const int64_t group;                 // query heads of a key head
   const int64_t groups, v_groups;      // steps of a sum over D, over Dv
   const int64_t q_columns, v_columns;  // D and Dv in whole vectors
   const int64_t q_row, v_row;          // groups of a packed row of q, of do
@@ -28,14 +43,20 @@ struct AttentionBackward {
 
   // Operands by the letters of the formulas; _t: transposed panels, _down: summed down the rows.
   Group *k_t, *v_t, *k_down, *q_along, *do_along, *q_down, *do_down;
+  struct {
+    const Group* rows;
+    int64_t row;
+  } q_a, do_a;  // q and do along the row: packed, or the caller's own
   Real *s, *dp, *cap, *dq, *dk, *dv;
   Group *p_down, *ds_down, *ds_along;
   Real *lse, *delta;
   uint8_t *hidden, *q_finite;
+  Upcoming<T> next;
   size_t bytes;
 
   AttentionBackward(const AttentionParams& params, const AttentionTask& t, Scratch scratch)
       : p(params),
+        group(p.Hq / p.Hk),
         groups((p.D + P::kStep - 1) / P::kStep),
         v_groups((p.Dv + P::kStep - 1) / P::kStep),
         q_columns(round_up(p.D, L)),
@@ -69,13 +90,18 @@ struct AttentionBackward {
   }
 
   void run(const AttentionTask& t) {
-    const int64_t group = p.Hq / p.Hk;
     for (int64_t b = t.b_begin; b < t.b_end; ++b) {
       const Sequence seq = sequence_of(p, b);
       for (int64_t h = t.h_begin; h < t.h_end; ++h) {
         if (t.want_dkv && (h == t.h_begin || h % group == 0)) {
           zero(dk, k_count * q_columns);
           zero(dv, k_count * v_columns);
+        }
+        next = Upcoming<T>();
+        if (h + 1 < t.h_end) {
+          expect(t, seq, b, h + 1);
+        } else if (b + 1 < t.b_end) {
+          expect(t, sequence_of(p, b + 1), b + 1, t.h_begin);
         }
         run_head(t, seq, b, h);
         if (t.want_dkv && (h + 1 == t.h_end || (h + 1) % group == 0)) write_dkv(t, b, h / group, seq);
@@ -93,10 +119,21 @@ struct AttentionBackward {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
   }
 
+  void expect(const AttentionTask& t, const Sequence& seq, int64_t b, int64_t h) {
+    const int64_t q_count = (t.q_end < seq.Sq ? t.q_end : seq.Sq) - t.q_begin, q0 = seq.q_begin + t.q_begin;
+    const int64_t k_count = (t.k_end < seq.Sk ? t.k_end : seq.Sk) - t.k_begin, k0 = seq.k_begin + t.k_begin;
+    next.add(row_of<const T>(p.q, b, h, q0), p.q.stride[2], q_count, p.D);
+    next.add(row_of<const T>(p.grad_o, b, h, q0), p.grad_o.stride[2], q_count, p.Dv);
+    next.add(row_of<const T>(p.o, b, h, q0), p.o.stride[2], q_count, p.Dv);
+    next.add(row_of<const T>(p.k, b, h / group, k0), p.k.stride[2], k_count, p.D);
+    next.add(row_of<const T>(p.v, b, h / group, k0), p.v.stride[2], k_count, p.Dv);
+  }
+
   void run_head(const AttentionTask& t, const Sequence& seq, int64_t b, int64_t h) {
     const int64_t q_end = t.q_end < seq.Sq ? t.q_end : seq.Sq;
     const int64_t k_end = t.k_end < seq.Sk ? t.k_end : seq.Sk;
     if (t.q_begin >= q_end) return;
+    next.spread_over((q_end - t.q_begin) * ((k_end - t.k_begin + kKeyBlock - 1) / kKeyBlock));
     pack_queries(seq, b, h, t.q_begin, q_end);
     if (t.want_dq) zero(dq, q_count * q_columns);
     const Scores<Real> scores(p, seq, b, h);
@@ -118,38 +155,51 @@ struct AttentionBackward {
     if (t.want_dq) write(dq, q_columns, p.grad_q, b, h, seq.q_begin + t.q_begin, q_end - t.q_begin, p.D);
   }
 
+  // Rows that are read in place where they are groups as they stand, packed otherwise.
   void pack_queries(const Sequence& seq, int64_t b, int64_t h, int64_t i0, int64_t i1) {
-    const int64_t count = i1 - i0, padded = round_up(count, P::kStep);
     const T* q = row_of<const T>(p.q, b, h, seq.q_begin + i0);
     const T* go = row_of<const T>(p.grad_o, b, h, seq.q_begin + i0);
     const int64_t q_stride = p.q.stride[2], go_stride = p.grad_o.stride[2];
-    pack_along_row<P>(q, q_stride, count, padded, p.D, q_along);
-    pack_along_row<P>(go, go_stride, count, padded, p.Dv, do_along);
-    if (P::kStep != 1) {
-      pack_down_rows<P>(q, q_stride, count, padded, p.D, q_down);
-      pack_down_rows<P>(go, go_stride, count, padded, p.Dv, do_down);
+    q_a = {q_along, q_row}, do_a = {do_along, v_row};
+    if (P::kStep == 2 && in_place<P, T>(p.D, q_stride)) q_a = {reinterpret_cast<const Group*>(q), q_stride / P::kStep};
+    if (P::kStep == 2 && in_place<P, T>(p.Dv, go_stride)) {
+      do_a = {reinterpret_cast<const Group*>(go), go_stride / P::kStep};
     }
+    for (int64_t i = 0; i < i1 - i0; i += kQueryBlock) {
+      const int64_t count = i1 - i0 - i < kQueryBlock ? i1 - i0 - i : kQueryBlock, padded = round_up(count, P::kStep);
+      const T *q_rows = q + i * q_stride, *go_rows = go + i * go_stride;
+      Finite<P> finite;
+      pack_down_rows<P>(q_rows, q_stride, count, padded, p.D, q_down + i / P::kStep * q_columns, finite);
+      pack_down_rows<P>(go_rows, go_stride, count, padded, p.Dv, do_down + i / P::kStep * v_columns, finite);
+      q_finite[i / kQueryBlock] = finite.holds();
+      if (q_a.rows == q_along && P::kStep == 2) {
+        pack_along_row<P>(q_rows, q_stride, count, padded, p.D, q_along + i * q_row, Unseen{});
+      }
+      if (do_a.rows == do_along && P::kStep == 2) {
+        pack_along_row<P>(go_rows, go_stride, count, padded, p.Dv, do_along + i * v_row, Unseen{});
+      }
+    }
+    const T* o = row_of<const T>(p.o, b, h, seq.q_begin + i0);
     const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin + i0;
-    for (int64_t i = 0; i < count; i += kQueryBlock) q_finite[i / kQueryBlock] = 1;
-    for (int64_t i = 0; i < count; ++i) {
-      q_finite[i / kQueryBlock] &= row_is_finite(q + i * q_stride, p.D) && row_is_finite(go + i * go_stride, p.Dv);
+    for (int64_t i = 0; i < i1 - i0; ++i) {
       const Real x = static_cast<const Real*>(p.lse)[at + i];
-      lse[i] = x == -kInfinity<Real> ? Real(0) : x;  // a dead row has only -inf scores
-      delta[i] = static_cast<Real>(p.delta[at + i]);
+      const bool dead = x == -kInfinity<Real>;
+      lse[i] = dead ? Real(0) : x;  // a dead row has only -inf scores
+      const double dlse = p.grad_lse && !dead ? static_cast<const Real*>(p.grad_lse)[at + i] : Real(0);
+      delta[i] = static_cast<Real>(row_product<T>(go + i * go_stride, o + i * p.o.stride[2], p.Dv) - dlse);
     }
   }
 
   bool pack_keys(const Sequence& seq, int64_t b, int64_t h, int64_t key0, int64_t keys) {
-    const int64_t kv_head = h / (p.Hq / p.Hk);
+    const int64_t kv_head = h / group;
     const T* k = row_of<const T>(p.k, b, kv_head, seq.k_begin + key0);
     const T* v = row_of<const T>(p.v, b, kv_head, seq.k_begin + key0);
     const int64_t padded = round_up(keys, L);
     pack_transposed<P>(k, p.k.stride[2], keys, padded, p.D, k_t);
     pack_transposed<P>(v, p.v.stride[2], keys, padded, p.Dv, v_t);
-    pack_down_rows<P>(k, p.k.stride[2], keys, padded, p.D, k_down);
-    bool finite = true;
-    for (int64_t j = 0; j < keys; ++j) finite &= row_is_finite(k + j * p.k.stride[2], p.D);
-    return finite;
+    Finite<P> finite;
+    pack_down_rows<P>(k, p.k.stride[2], keys, padded, p.D, k_down, finite);
+    return finite.holds();
   }
 
   // One kQueryBlock x kKeyBlock block: the five products.
@@ -158,10 +208,11 @@ struct AttentionBackward {
     const int64_t at = i - t.q_begin, padded = round_up(rows, P::kStep), width = round_up(keys, L);
     for (int64_t n = 0; n < width; n += kPanel<P>) {
       const int64_t columns = width - n < kPanel<P> ? width - n : kPanel<P>;
-      product<P>({q_along + at * q_row, q_row, 1, k_t + n * groups, kPanel<P>, s + n, kKeyBlock, groups, false}, padded,
-                 columns);
-      product<P>({do_along + at * v_row, v_row, 1, v_t + n * v_groups, kPanel<P>, dp + n, kKeyBlock, v_groups, false},
-                 padded, columns);
+      product<P>({q_a.rows + at * q_a.row, q_a.row, 1, k_t + n * groups, kPanel<P>, s + n, kKeyBlock, groups, false},
+                 rows, columns);
+      product<P>(
+          {do_a.rows + at * do_a.row, do_a.row, 1, v_t + n * v_groups, kPanel<P>, dp + n, kKeyBlock, v_groups, false},
+          rows, columns);
     }
     for (int64_t r = rows; r < padded; ++r) {
       zero(s + r * kKeyBlock, kKeyBlock);
@@ -169,6 +220,7 @@ struct AttentionBackward {
       for (int64_t j = 0; j < kKeyBlock; ++j) hidden[r * kKeyBlock + j] = 1;
     }
     for (int64_t r = 0; r < rows; ++r) {
+      next.fetch();
       differentiate_row(t, scores, b, h, i + r, r, at + r, key0, keys, finite);
       if (r % P::kStep == P::kStep - 1 || r + 1 == rows) narrow(r / P::kStep * P::kStep, width);
     }
@@ -220,7 +272,7 @@ struct AttentionBackward {
     const Real pending = scores.pending_scale(), shift = lse[at], row_delta = delta[at];
     for (int64_t j = 0; j < width; j += L) {
       const Vec<Real> score = load(x + j);
-      const Vec<Real> weight = exp_vec<Real>(score * pending - shift);
+      const Vec<Real> weight = exp2_vec<Real, T>((score * pending - shift) * kLog2e<Real>);
       Vec<Real> dweight = load(g + j), dropped = weight;
       if (p.dropout_p > 0) {
         dweight *= load(keep + j);
@@ -272,48 +324,30 @@ struct AttentionBackward {
              int64_t width) const {
     for (int64_t i = 0; i < count; ++i) {
       T* out = row_of<T>(to, b, h, row + i);
-      for (int64_t d = 0; d < width; d += L) {
-        const Vec<Real> x = load(from + i * columns + d);
-        if (width - d >= L) {
-          store_as<Real>(out + d, x);
-        } else {
-          store_as<Real>(out + d, x, width - d);
-        }
-      }
+      store_row<Real>(out, width, [&](int64_t d) TFORMER_LAMBDA { return load(from + i * columns + d); });
     }
   }
 };
 
-// delta = rowsum(do * o) - dlse of the rows [row0, row1) of the flattened (B, Hq, Sq), and the gradient of the sink
-// logits summed over those rows: dsink = sum of p_sink (dlse - rowsum(do * o)).
+// The gradient of the sink logit of one (batch, head): the sum over its rows of p_sink (dlse - rowsum(do * o)).
 template <class T>
-void attention_delta(const AttentionParams& p, int64_t b, int64_t h, double* delta, double* grad_sink) {
+double attention_sink_gradient(const AttentionParams& p, int64_t b, int64_t h) {
   using Real = typename Pack<T>::Real;
-  constexpr int L = kLanes<Real>;
   const Sequence seq = sequence_of(p, b);
   const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin;
-  const Real logit = p.sinks ? sink_of<Real>(p, h) : Real(0);
-  double sum = 0;
+  const Real logit = sink_of<Real>(p, h);
   const auto row_of = [&](const Rows& r, int64_t i) {
     return static_cast<const T*>(r.data) + b * r.stride[0] + h * r.stride[1] + (seq.q_begin + i) * r.stride[2];
   };
+  double sum = 0;
   for (int64_t i = 0; i < seq.Sq; ++i) {
-    const T *o = row_of(p.o, i), *go = row_of(p.grad_o, i);
-    if (i + kRowsAhead < seq.Sq) {
-      prefetch_row(row_of(p.o, i + kRowsAhead), p.Dv);
-      prefetch_row(row_of(p.grad_o, i + kRowsAhead), p.Dv);
-    }
-    Vec<Real> acc{};
-    for (int64_t d = 0; d < p.Dv; d += L) {
-      acc += p.Dv - d >= L ? load_as<Real>(o + d) * load_as<Real>(go + d)
-                           : load_as<Real>(o + d, p.Dv - d) * load_as<Real>(go + d, p.Dv - d);
-    }
     const Real lse = static_cast<const Real*>(p.lse)[at + i];
-    const double dlse = p.grad_lse && lse != -kInfinity<Real> ? static_cast<const Real*>(p.grad_lse)[at + i] : 0;
-    delta[at + i] = static_cast<double>(sum_lanes<Real>(acc)) - dlse;
-    if (p.sinks && lse != -kInfinity<Real>) sum -= __builtin_exp(static_cast<double>(logit - lse)) * delta[at + i];
+    if (lse == -kInfinity<Real>) continue;
+    const double dlse = p.grad_lse ? static_cast<const Real*>(p.grad_lse)[at + i] : Real(0);
+    const double product = row_product<T>(row_of(p.grad_o, i), row_of(p.o, i), p.Dv);
+    sum += __builtin_exp(static_cast<double>(logit - lse)) * (dlse - product);
   }
-  if (grad_sink) *grad_sink = sum;
+  return sum;
 }
 
 }  // namespace

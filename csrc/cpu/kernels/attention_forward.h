@@ -1,18 +1,20 @@
 // o = softmax(scores) v, row tiles of kTileRows queries against key ranges that fit in cache (online softmax between
-// ranges: Milakov & Gimelshein 2018; tiling: Dao et al. 2022). The maximum is over a whole range, so a sequence that
-// fits in one range is never rescaled.
+// ranges: Milakov & Gimelshein 2018; tiling: Dao et al. 2022).
 #pragma once
 
+#include "online_softmax.h"
 #include "scores.h"
 #include "scratch.h"
+#include "upcoming.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
 
+constexpr int64_t kScoreBytes = 24 * 1024, kPackedBytes = 512 * 1024;
+
 // Keys of one range: scores of a row tile within 24 KB of L1, packed keys and values within half of a 1 MB L2.
 template <class P>
 int64_t forward_range(const AttentionParams& p) {
-  constexpr int64_t kScoreBytes = 24 * 1024, kPackedBytes = 512 * 1024;
   const int64_t size = sizeof(typename P::Real);
   const int64_t by_scores = kScoreBytes / (kTileRows * size);
   const int64_t by_packed = kPackedBytes * P::kStep / ((p.D + p.Dv) * size);
@@ -21,86 +23,33 @@ int64_t forward_range(const AttentionParams& p) {
   return keys < kKeyBlock ? kKeyBlock : (keys < all ? keys : all);
 }
 
-// Softmax of a row as it grows: weight = e^(x - m), l = sum of the weights.
-template <class Real>
-struct OnlineSoftmax {
-  static constexpr int L = kLanes<Real>;
-  static constexpr int kChains = 4;  // of dependent operations, so that their latencies overlap
-  Real m = -kInfinity<Real>;
-  Real l = 0;
-
-  // Scores s[0, n), x = s * scale, become weights; returns by what earlier sums and outputs have to be multiplied.
-  TFORMER_INLINE Real update(Real* s, int64_t n, Real scale) {
-    Vec<Real> top[kChains], sum[kChains];
-#pragma GCC unroll 4
-    for (int c = 0; c < kChains; ++c) top[c] = splat(-kInfinity<Real>), sum[c] = Vec<Real>{};
-    each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { top[c] = maximum(load(s + j), top[c]); });
-    const Real highest = max_lanes<Real>(maximum(maximum(top[0], top[1]), maximum(top[2], top[3]))) * scale;
-    const Real m_new = highest > m ? highest : m;
-    const Real shift = m_new == -kInfinity<Real> ? Real(0) : m_new;  // nothing visible yet: weights are e^-inf = 0
-    each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA {
-      const Vec<Real> weight = exp_vec<Real>(load(s + j) * scale - shift);
-      sum[c] += weight;
-      store(s + j, weight);
-    });
-    const Real rescale = m == m_new ? Real(1) : exp_vec<Real>(splat(m - shift))[0];
-    l = l * rescale + sum_lanes<Real>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    m = m_new;
-    return rescale;
-  }
-
-  // One more score x that has no value: it only takes weight. Returns the multiplier as update does.
-  TFORMER_INLINE Real add_sink(Real x) {
-    const Real m_new = x > m ? x : m;
-    const Real rescale = m == m_new ? Real(1) : exp_vec<Real>(splat(m - m_new))[0];
-    l = l * rescale + (x == -kInfinity<Real> ? Real(0) : exp_vec<Real>(splat(x - m_new))[0]);
-    m = m_new;
-    return rescale;
-  }
-
-  bool dead() const { return l == 0; }
-
- private:
-  // f(position, chain) for each vector of [0, n); n is a whole number of vectors.
-  template <class F>
-  static TFORMER_INLINE void each_vector(int64_t n, F&& f) {
-    int64_t j = 0;
-    for (; j + kChains * L <= n; j += kChains * L) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) f(j + c * L, c);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < kChains - 1; ++c) {
-      if (j + c * L < n) f(j + c * L, c);
-    }
-  }
-};
-
 template <class T>
 struct AttentionForward {
   using P = Pack<T>;
   using Real = typename P::Real;
   using Group = typename P::Group;
-  using State = OnlineSoftmax<Real>;
+  using State = OnlineSoftmax<T>;
   static constexpr int L = kLanes<Real>;
 
   const AttentionParams& p;
-  const int64_t range_keys, q_groups, groups, out_columns;
+  const int64_t group, range_keys, q_groups, groups, out_columns;
   bool several_ranges;
   Group *keys, *values, *queries, *weights;
   Real *scores, *out;
+  Real *row_m, *row_l;  // of the rows of a head, whose logarithms are taken together
   State* state;
   uint8_t *live, *hidden;
+  size_t bytes;
 
   AttentionForward(const AttentionParams& params, const AttentionTask& t, Scratch scratch)
       : p(params),
+        group(p.Hq / p.Hk),
         range_keys(forward_range<P>(p)),
         q_groups(row_groups<P>(p.D)),
         groups((p.D + P::kStep - 1) / P::kStep),
         out_columns(round_up(p.Dv, L)),
         several_ranges(p.Sk > range_keys) {
-    const int64_t tiles =
-        several_ranges ? (t.h_end - t.h_begin) * ((t.q_end - t.q_begin + kTileRows - 1) / kTileRows) : 1;
+    const int64_t tiles = several_ranges ? group * ((t.q_end - t.q_begin + kTileRows - 1) / kTileRows) : 1;
     keys = scratch.take<Group>(range_keys * groups);
     values = scratch.take<Group>(range_keys / P::kStep * out_columns);
     queries = scratch.take<Group>(kTileRows * q_groups);
@@ -109,60 +58,120 @@ struct AttentionForward {
     live = scratch.take<uint8_t>(range_keys / kPanel<P>);
     hidden = scratch.take<uint8_t>(kTileRows * range_keys);
     out = scratch.take<Real>(tiles * kTileRows * out_columns);
-    state = scratch.take<State>(tiles * kTileRows);
+    row_m = scratch.take<Real>(round_up(t.q_end - t.q_begin, L));
+    row_l = scratch.take<Real>(round_up(t.q_end - t.q_begin, L));
+    state = scratch.take<State>(tiles);
     bytes = scratch.used();
   }
-  size_t bytes;
 
   void run(const AttentionTask& t) {
     for (int64_t b = t.b_begin; b < t.b_end; ++b) {
       const Sequence s = sequence_of(p, b);
-      int64_t h = t.h_begin;
-      while (h < t.h_end) {  // query heads that share a key head share its packed keys and values
-        const int64_t group = p.Hq / p.Hk, next = (h / group + 1) * group;
-        const int64_t last = next < t.h_end ? next : t.h_end;
-        run_group(t, s, b, h, last);
-        h = last;
+      for (int64_t h = t.h_begin; h < t.h_end; h += group) {
+        Upcoming<T> next;
+        if (h + group < t.h_end) {
+          expect(next, t, s, b, h + group);
+        } else if (b + 1 < t.b_end) {
+          expect(next, t, sequence_of(p, b + 1), b + 1, t.h_begin);
+        }
+        run_group(t, s, b, h, next);
+      }
+    }
+  }
+
+  // The rows of a task from the parts of their keys, which tasks of their own have computed, in order.
+  void merge(const AttentionTask& t) {
+    for (int64_t b = t.b_begin; b < t.b_end; ++b) {
+      const Sequence s = sequence_of(p, b);
+      for (int64_t h = t.h_begin; h < t.h_end; ++h) {
+        for (int64_t i = 0; i < s.Sq; ++i) merge_row(s, b, h, i);
+        write_lse(s, b, h, 0, s.Sq);
       }
     }
   }
 
  private:
+  void merge_row(const Sequence& s, int64_t b, int64_t h, int64_t i) {
+    const int64_t parts = (p.Sk + p.part_keys - 1) / p.part_keys;
+    Real m = -kInfinity<Real>, l = 0;
+    for (int64_t n = 0; n < parts; ++n) {
+      const Real part_m = part_of(n, b, h, i)[p.Dv];
+      m = part_m > m ? part_m : m;
+    }
+    for (int64_t d = 0; d < out_columns; d += L) store(out + d, Vec<Real>{});
+    for (int64_t n = 0; n < parts; ++n) {
+      const Real* part = part_of(n, b, h, i);
+      if (part[p.Dv + 1] == 0) continue;
+      const Real factor = exp_vec<Real>(splat(part[p.Dv] - m))[0];
+      for (int64_t d = 0; d < p.Dv; ++d) out[d] += part[d] * factor;
+      l += part[p.Dv + 1] * factor;
+    }
+    finish_row(s, b, h, i, out, m, l);
+    row_m[i] = m, row_l[i] = l;
+  }
+
   template <class V>
   V* row_of(const Rows& r, int64_t b, int64_t h, int64_t i) const {
     return static_cast<V*>(r.data) + b * r.stride[0] + h * r.stride[1] + i * r.stride[2];
   }
 
-  void run_group(const AttentionTask& t, const Sequence& s, int64_t b, int64_t h_begin, int64_t h_end) {
+  // Keys, values and first queries of the heads from h.
+  void expect(Upcoming<T>& next, const AttentionTask& t, const Sequence& s, int64_t b, int64_t h) const {
+    if (t.q_begin >= s.Sq) return;
+    const int64_t rows = s.Sq - t.q_begin < kTileRows ? s.Sq - t.q_begin : kTileRows;
+    next.add(row_of<const T>(p.k, b, h / group, s.k_begin), p.k.stride[2], s.Sk, p.D);
+    next.add(row_of<const T>(p.v, b, h / group, s.k_begin), p.v.stride[2], s.Sk, p.Dv);
+    next.add(row_of<const T>(p.q, b, h, s.q_begin + t.q_begin), p.q.stride[2], rows, p.D);
+  }
+
+  // The query heads that share a key head share its packed keys and values.
+  void run_group(const AttentionTask& t, const Sequence& s, int64_t b, int64_t h_begin, Upcoming<T>& next) {
     const int64_t q_end = t.q_end < s.Sq ? t.q_end : s.Sq;
-    const int64_t kv_head = h_begin / (p.Hq / p.Hk);
-    int64_t key0 = 0;
-    do {
-      const int64_t left = s.Sk - key0 < range_keys ? s.Sk - key0 : range_keys;
-      const int64_t padded = round_up(left, L);
+    if (t.q_begin >= q_end) return;
+    const int64_t kv_head = h_begin / group;
+    next.spread_over(group * (q_end - t.q_begin));
+    // whole ranges of keys that no row sees by position are left out
+    const KeyRange range(p, s);
+    const int64_t k_end = clamp(s.Sk, 0, t.k_end), seen_end = clamp(range.end(q_end - 1), 0, k_end);
+    int64_t key0 = t.k_begin;
+    while (key0 + range_keys < seen_end && key0 + range_keys <= range.begin(t.q_begin)) key0 += range_keys;
+    for (bool first = true, last = false; !last; first = false, key0 += range_keys) {
+      const int64_t left = clamp(k_end - key0, 0, range_keys), padded = round_up(left, L);
       const T* k = row_of<const T>(p.k, b, kv_head, s.k_begin + key0);
       const T* v = row_of<const T>(p.v, b, kv_head, s.k_begin + key0);
       pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys);
-      pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values);
-      bool finite = true;
-      for (int64_t j = 0; j < left; ++j) finite &= row_is_finite(v + j * p.v.stride[2], p.Dv);
-      const bool first = key0 == 0, last = key0 + left >= s.Sk;
+      Finite<P> finite;
+      pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values, finite);
+      last = key0 + range_keys >= seen_end;
       int64_t tile = 0;
-      for (int64_t h = h_begin; h < h_end; ++h) {
+      // one query of each head, and nothing that differs between heads: they are the rows of a tile
+      const bool rows_are_heads = p.part_keys && p.Sq == 1 && Scores<Real>(p, s, b, h_begin).plain && p.dropout_p == 0;
+      for (int64_t h = h_begin; h < h_begin + group; h += rows_are_heads ? kTileRows : 1) {
         const Scores<Real> row_scores(p, s, b, h);
         for (int64_t i = t.q_begin; i < q_end; i += kTileRows, tile += several_ranges) {
-          const int64_t rows = q_end - i < kTileRows ? q_end - i : kTileRows;
-          Real* o = out + tile * kTileRows * out_columns;
-          State* st = state + tile * kTileRows;
+          const int64_t rows = clamp(rows_are_heads ? h_begin + group - h : q_end - i, 1, kTileRows);
+          const Tile at{b, h, i, rows, rows_are_heads, out + tile * kTileRows * out_columns, state[tile]};
           if (i + kTileRows < q_end) prefetch_queries(s, b, h, i + kTileRows, q_end);
-          if (first) start_tile(o, st);
-          add_range(row_scores, s, b, h, i, rows, key0, padded, finite, o, st);
-          if (last) finish_tile(s, b, h, i, rows, o, st);
+          if (first) at.state.start();
+          add_range(row_scores, s, at, key0, padded, finite.holds(), next);
+          if (last) finish_tile(s, at, row_scores.pending_scale(), i - t.q_begin, t.k_begin);
         }
+        if (last && !p.part_keys) write_lse(s, b, h, t.q_begin, q_end - t.q_begin);
       }
-      key0 += range_keys;
-    } while (key0 < s.Sk);
+    }
   }
+
+  // Queries [i, i + rows) of head h, or query i of heads [h, h + rows), with their sums so far.
+  struct Tile {
+    int64_t b, h, i, rows;
+    bool rows_are_heads;
+    Real* o;
+    State& state;
+
+    int64_t head(int64_t r) const { return rows_are_heads ? h + r : h; }
+    int64_t query(int64_t r) const { return rows_are_heads ? i : i + r; }
+    int64_t last_query() const { return query(rows - 1); }
+  };
 
   // The rows of the next tile arrive while this one is computed.
   void prefetch_queries(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t q_end) const {
@@ -170,19 +179,14 @@ struct AttentionForward {
     for (int64_t r = 0; r < kTileRows && i + r < q_end; ++r) prefetch_row(q + r * p.q.stride[2], p.D);
   }
 
-  void start_tile(Real* o, State* st) const {
-    for (int64_t j = 0; j < kTileRows * out_columns; j += L) store(o + j, Vec<Real>{});
-    for (int r = 0; r < kTileRows; ++r) st[r] = State{};
-  }
-
   // The keys [key0, key0 + padded) of one row tile: scores, weights, weighted sum of values.
-  void add_range(const Scores<Real>& row_scores, const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t rows,
-                 int64_t key0, int64_t padded, bool finite, Real* o, State* st) {
-    const int64_t panels = (padded + kPanel<P> - 1) / kPanel<P>;
+  void add_range(const Scores<Real>& row_scores, const Sequence& s, const Tile& tile, int64_t key0, int64_t padded,
+                 bool finite, Upcoming<T>& next) {
+    const int64_t i = tile.i, rows = tile.rows, panels = (padded + kPanel<P> - 1) / kPanel<P>;
     int64_t first = panels, last = 0;
     for (int64_t n = 0; n < panels; ++n) {
       const int64_t j = key0 + n * kPanel<P>;
-      live[n] = row_scores.any_visible(i, i + rows, j, j + kPanel<P>);
+      live[n] = row_scores.any_visible(i, tile.last_query() + 1, j, j + kPanel<P>);
       if (live[n]) {
         first = n < first ? n : first;
         last = n + 1;
@@ -191,66 +195,146 @@ struct AttentionForward {
     if (first >= last) return;
     // whole key blocks, so that rows start on a Philox block
     first = first * kPanel<P> / kKeyBlock * kKeyBlock / kPanel<P>;
-    pack_along_row<P>(row_of<const T>(p.q, b, h, s.q_begin + i), p.q.stride[2], rows, rows, p.D, queries);
     // of the last panel only the vectors that the last row sees a key of
-    const int64_t seen = round_up(row_scores.range.end(i + rows - 1) - key0, L);
-    const int64_t begin = first * kPanel<P>, end = seen < last * kPanel<P> ? seen : last * kPanel<P>, n = end - begin;
-    multiply_keys(rows, first, end);
-    const Real scale = row_scores.pending_scale();
-    for (int64_t r = 0; r < rows; ++r) {
-      Real* row = scores + r * range_keys + begin;
-      row_scores.finish_row(row, i + r, key0 + begin, n, nullptr);
-      if (!finite) {
-        for (int64_t j = 0; j < n; ++j) hidden[r * range_keys + begin + j] = row[j] == -kInfinity<Real>;
-      }
-      const Real rescale = st[r].update(row, n, scale);
-      if (rescale != 1) scale_row(o + r * out_columns, rescale);
-      if (p.dropout_p > 0) drop_row(row, b, h, i + r, key0 + begin, n);
-      narrow_along_row<P>(row, n, weights + (r * range_keys + begin) / P::kStep);
+    const int64_t seen = round_up(row_scores.range.end(tile.last_query()) - key0, L);
+    const int64_t begin = first * kPanel<P>, end = seen < last * kPanel<P> ? seen : last * kPanel<P>;
+    const Product q_k = keys_product(s, tile);
+    const KeyRange& range = row_scores.range;
+    // panels that all rows see all of, and that need nothing but the scale
+    int64_t whole = begin, whole_end = begin;
+    if (kTileColumns == 4 && row_scores.plain && finite && p.dropout_p == 0) {
+      whole = clamp(round_up(range.begin(tile.last_query()) - key0, kPanel<P>), begin, end);
+      whole_end = clamp((range.end(i) - key0) / kPanel<P> * kPanel<P>, whole, end);
     }
-    multiply_values(rows, first, end, finite, o);
+    Real rescale[kTileRows];
+    for (int64_t r = 0; r < rows; ++r) rescale[r] = 1;
+    if (begin < whole) add_keys(row_scores, tile, q_k, key0, begin, begin, whole, finite, rescale);
+    int64_t fetches = rows;
+    for (int64_t j = whole; j < whole_end; j += kPanel<P>) {
+      if (fetches-- > 0) next.fetch();
+      if (!weigh_panel(tile, q_k, j, row_scores.pending_scale())) {
+        add_keys(row_scores, tile, q_k, key0, begin, j, j + kPanel<P>, finite, rescale);
+      }
+    }
+    if (whole_end < end) add_keys(row_scores, tile, q_k, key0, begin, whole_end, end, finite, rescale);
+    for (; fetches > 0; --fetches) next.fetch();
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!tile.state.empty && rescale[r] != 1) scale_row(tile.o + r * out_columns, rescale[r]);
+    }
+    multiply_values(rows, first, end, finite, tile.state.empty, tile.o);
+    tile.state.empty = false;
   }
 
-  // From panel `first` up to key `end` of the range.
-  void multiply_keys(int64_t rows, int64_t first, int64_t end) const {
-    for (int64_t n = first; n * kPanel<P> < end; ++n) {
-      const int64_t columns = end - n * kPanel<P> < kPanel<P> ? end - n * kPanel<P> : kPanel<P>;
-      Real* tile = scores + n * kPanel<P>;
+  using Product = ProductOperands<P>;
+  static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
+
+  // q.k of a tile, but for the panel of keys.
+  Product keys_product(const Sequence& s, const Tile& tile) const {
+    const T* q = row_of<const T>(p.q, tile.b, tile.h, s.q_begin + tile.i);
+    const int64_t stride = tile.rows_are_heads ? p.q.stride[1] : p.q.stride[2];
+    Product m{queries, q_groups, 1, nullptr, kPanel<P>, nullptr, range_keys, groups, false};
+    if (in_place<P, T>(p.D, stride)) {
+      m.a = reinterpret_cast<const Group*>(q), m.a_row = stride / P::kStep;
+    } else {
+      pack_along_row<P>(q, stride, tile.rows, tile.rows, p.D, queries, Unseen{});
+    }
+    return m;
+  }
+
+  bool weigh_panel(const Tile& tile, Product m, int64_t j, Real scale) const {
+    if constexpr (kTileColumns == 4) {
+      m.b = keys + j * groups, m.c = scores + j;
+      Group* w = weights + j / P::kStep;
+      const int64_t w_row = range_keys / P::kStep;
+      switch (tile.rows) {
+        case 1:
+          return tile.state.template weigh_tile<1>(m, scale, w, w_row);
+        case 2:
+          return tile.state.template weigh_tile<2>(m, scale, w, w_row);
+        case 3:
+          return tile.state.template weigh_tile<3>(m, scale, w, w_row);
+        case 4:
+          return tile.state.template weigh_tile<4>(m, scale, w, w_row);
+        case 5:
+          return tile.state.template weigh_tile<5>(m, scale, w, w_row);
+        default:
+          return tile.state.template weigh_tile<kTileRows>(m, scale, w, w_row);
+      }
+    }
+    return false;
+  }
+
+  // Keys [from, to) of the range by way of the scores in memory; those from `begin` on already have weights.
+  void add_keys(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, int64_t key0, int64_t begin,
+                int64_t from, int64_t to, bool finite, Real* rescale) {
+    multiply_keys(q_k, tile.rows, from, to);
+    const int64_t n = to - from;
+    const Real scale = row_scores.pending_scale();
+    Vec<Real> top[kTileRows];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      Real* row = scores + r * range_keys + from;
+      row_scores.finish_row(row, tile.query(r), key0 + from, n, nullptr);
+      top[r] = State::largest(row, n);
+      if (!finite) {
+        for (int64_t j = 0; j < n; ++j) hidden[r * range_keys + from + j] = row[j] == -kInfinity<Real>;
+      }
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const Real factor = tile.state.raise(r, top[r], scale);
+      if (factor == 1) continue;
+      rescale[r] *= factor;
+      Group* w = weights + r * range_keys / P::kStep;
+      for (int64_t j = begin / P::kStep; j < from / P::kStep; j += L) store(w + j, P::scaled(load(w + j), factor));
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      Real* row = scores + r * range_keys + from;
+      Group* row_weights = weights + (r * range_keys + from) / P::kStep;
+      tile.state.weigh(r, row, n, scale, p.dropout_p > 0 ? nullptr : row_weights);
+      if (p.dropout_p > 0) {
+        drop_row(row, tile.b, tile.head(r), tile.query(r), key0 + from, n);
+        narrow_along_row<P>(row, n, row_weights);
+      }
+    }
+  }
+
+  void multiply_keys(Product m, int64_t rows, int64_t from, int64_t to) const {
+    for (int64_t n = from / kPanel<P>; n * kPanel<P> < to; ++n) {
+      const int64_t columns = to - n * kPanel<P> < kPanel<P> ? to - n * kPanel<P> : kPanel<P>;
+      m.b = keys + n * groups * kPanel<P>, m.c = scores + n * kPanel<P>;
       if (live[n]) {
-        product<P>({queries, q_groups, 1, keys + n * groups * kPanel<P>, kPanel<P>, tile, range_keys, groups, false},
-                   rows, columns);
+        product<P>(m, rows, columns);
       } else {
         for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t j = 0; j < columns; ++j) tile[r * range_keys + j] = -kInfinity<Real>;
+          for (int64_t j = 0; j < columns; ++j) m.c[r * range_keys + j] = -kInfinity<Real>;
         }
       }
     }
   }
 
-  void multiply_values(int64_t rows, int64_t first, int64_t end, bool finite, Real* o) const {
+  // Where `fresh`, o holds nothing yet.
+  void multiply_values(int64_t rows, int64_t first, int64_t end, bool finite, bool fresh, Real* o) const {
     const int64_t last = (end + kPanel<P> - 1) / kPanel<P>;
-    const int64_t w_row = range_keys / P::kStep;
     constexpr int64_t kSumPanels = 256 / kPanel<P>;  // keys in one running sum
     for (int64_t n = first; n < last;) {
       int64_t run = n + 1;
       while (run < last && live[run] == live[n] && run % kSumPanels != 0) ++run;
       if (live[n]) {
         const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < end ? run * kPanel<P> : end;
-        const int64_t steps = (stop - j) / P::kStep;
         const ProductOperands<P> m{weights + j / P::kStep,
-                                   w_row,
+                                   range_keys / P::kStep,
                                    1,
                                    values + j / P::kStep * out_columns,
                                    out_columns,
                                    o,
                                    out_columns,
-                                   steps,
-                                   true};
+                                   (stop - j) / P::kStep,
+                                   !fresh};
         if (finite) {
           product<P>(m, rows, out_columns);
         } else {
           product_without_hidden<P>(m, rows, out_columns, hidden + j, range_keys, 1);
         }
+        fresh = false;
       }
       n = run;
     }
@@ -271,29 +355,61 @@ struct AttentionForward {
     }
   }
 
-  // o / l and the log-sum-exp; a row without a visible key is 0 and -inf.
-  void finish_tile(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t rows, Real* o, State* st) const {
-    Real* lse = static_cast<Real*>(p.lse) + b * p.lse_stride[0] + h * p.lse_stride[1] + s.q_begin;
-    for (int64_t r = 0; r < rows; ++r, o += out_columns) {
-      const bool dead = st[r].dead();
-      if (p.sinks && !dead) scale_row(o, st[r].add_sink(sink_of<Real>(p, h)));
-      lse[i + r] = dead ? -kInfinity<Real> : log_sum_exp(st[r]);
-      const Real by = dead ? Real(0) : 1 / st[r].l;
-      T* row = row_of<T>(p.o, b, h, s.q_begin + i + r);
-      for (int64_t d = 0; d < p.Dv; d += L) {
-        const Vec<Real> x = dead ? Vec<Real>{} : load(o + d) * by;
-        if (p.Dv - d >= L) {
-          store_as<Real>(row + d, x);
-        } else {
-          store_as<Real>(row + d, x, p.Dv - d);
-        }
+  // o / l; a row without a visible key is 0. `at`: place of the tile among the rows of the task.
+  void finish_tile(const Sequence& s, const Tile& tile, Real scale, int64_t at, int64_t k_begin) const {
+    Real m[kTileRows], l[kTileRows];
+    for (int64_t r = 0; r < tile.rows; ++r) m[r] = tile.state.m[r] * scale, l[r] = sum_lanes<Real>(tile.state.l[r]);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const Real* o = tile.o + r * out_columns;
+      if (p.part_keys) {
+        write_part(part_of(k_begin / p.part_keys, tile.b, tile.head(r), tile.query(r)), tile.state.empty ? nullptr : o,
+                   m[r], l[r]);
+      } else {
+        finish_row(s, tile.b, tile.head(r), tile.query(r), o, m[r], l[r]);
+        row_m[at + r] = m[r], row_l[at + r] = l[r];
       }
     }
   }
 
-  static Real log_sum_exp(const State& s) {
-    return s.m + (sizeof(Real) == 4 ? static_cast<Real>(__builtin_logf(static_cast<float>(s.l)))
-                                    : static_cast<Real>(__builtin_log(static_cast<double>(s.l))));
+  void finish_row(const Sequence& s, int64_t b, int64_t h, int64_t i, const Real* o, Real& m, Real& l) const {
+    T* to = row_of<T>(p.o, b, h, s.q_begin + i);
+    if (l == 0) return store_row<Real>(to, p.Dv, [](int64_t) TFORMER_LAMBDA { return Vec<Real>{}; });
+    const Real share = p.sinks ? add_sink(sink_of<Real>(p, h), m, l) : Real(1);
+    const Real factor = share / l;
+    store_row<Real>(to, p.Dv, [&](int64_t d) TFORMER_LAMBDA { return load(o + d) * factor; });
+  }
+
+  // A row of one part of the keys: o before the division, m, l.
+  Real* part_of(int64_t part, int64_t b, int64_t h, int64_t i) const {
+    return static_cast<Real*>(p.parts) + (((part * p.B + b) * p.Hq + h) * p.Sq + i) * (p.Dv + 2);
+  }
+
+  void write_part(Real* to, const Real* o, Real m, Real l) const {
+    store_row<Real>(to, p.Dv, [&](int64_t d) TFORMER_LAMBDA { return o ? load(o + d) : Vec<Real>{}; });
+    to[p.Dv] = m, to[p.Dv + 1] = l;
+  }
+
+  // The log-sum-exp of the rows from i; -inf for a row without a visible key.
+  void write_lse(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t rows) const {
+    Real* lse = static_cast<Real*>(p.lse) + b * p.lse_stride[0] + h * p.lse_stride[1] + s.q_begin + i;
+    for (int64_t r = 0; r < rows; r += L) {
+      const Vec<Real> l = load(row_l + r);
+      const Vec<Real> x = (l == 0) ? splat(-kInfinity<Real>) : load(row_m + r) + log_vec<Real>(l);
+      if (rows - r >= L) {
+        store(lse + r, x);
+      } else {
+        store_as<Real>(lse + r, x, rows - r);
+      }
+    }
+  }
+
+  // One more score x that has no value: m and l with it; returns the multiplier of what was summed before.
+  static Real add_sink(Real x, Real& m, Real& l) {
+    const Real m_new = x > m ? x : m;
+    const Real rescale = m == m_new ? Real(1) : exp_vec<Real>(splat(m - m_new))[0];
+    l = l * rescale + (x == -kInfinity<Real> ? Real(0) : exp_vec<Real>(splat(x - m_new))[0]);
+    m = m_new;
+    return rescale;
   }
 };
 

@@ -16,7 +16,9 @@ double fma_operations(int64_t rounds) {
   using Real = typename P::Real;
   using Group = typename P::Group;
   constexpr int kChains = kTileRows * kTileColumns, kSteps = 1024;
-  const Group factor = P::kStep == 1 ? static_cast<Group>(0.5f) : static_cast<Group>(0x3f003f00u);  // 1/2, or a pair
+  // Volatile: a chain that the compiler can work out beforehand is not executed.
+  volatile Group half = P::kStep == 1 ? static_cast<Group>(0.5f) : static_cast<Group>(0x3f003f00u);  // 1/2, or a pair
+  const Group factor = half;
   Vec<Real> chain[kChains];
   Vec<Group> addend[1] = {Vec<Group>{} + factor};
 #pragma GCC unroll 32

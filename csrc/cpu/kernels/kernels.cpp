@@ -39,12 +39,16 @@ void attention_forward(const AttentionParams& p, const AttentionTask& t, void* s
   for_dtype(p.dtype, [&](auto x) { AttentionForward<decltype(x)>(p, t, Scratch(scratch)).run(t); });
 }
 
+void attention_merge(const AttentionParams& p, const AttentionTask& t, void* scratch) {
+  for_dtype(p.dtype, [&](auto x) { AttentionForward<decltype(x)>(p, t, Scratch(scratch)).merge(t); });
+}
+
 size_t attention_forward_scratch(const AttentionParams& p, const AttentionTask& t) {
   return for_dtype(p.dtype, [&](auto x) { return AttentionForward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
 }
 
-void attention_delta_of(const AttentionParams& p, int64_t b, int64_t h, double* delta, double* grad_sink) {
-  for_dtype(p.dtype, [&](auto x) { attention_delta<decltype(x)>(p, b, h, delta, grad_sink); });
+double attention_sink_gradient_of(const AttentionParams& p, int64_t b, int64_t h) {
+  return for_dtype(p.dtype, [&](auto x) { return attention_sink_gradient<decltype(x)>(p, b, h); });
 }
 
 void attention_backward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
@@ -87,8 +91,9 @@ extern const CpuKernels kernels;
 const CpuKernels kernels = {TFORMER_NAME(TFORMER_ISA),
                             kVectorBytes,
                             attention_forward,
+                            attention_merge,
                             attention_forward_scratch,
-                            attention_delta_of,
+                            attention_sink_gradient_of,
                             attention_backward,
                             attention_backward_scratch,
                             norm_forward,

@@ -14,6 +14,12 @@ constexpr int64_t row_groups(int64_t width) {
   return round_up((width + P::kStep - 1) / P::kStep, kLanes<typename P::Real>);
 }
 
+// Whether rows in memory are groups as they stand, so that a product can read them there as its A operand.
+template <class P, class T>
+bool in_place(int64_t width, int64_t stride) {
+  return sizeof(typename P::Group) == P::kStep * sizeof(T) && width % P::kStep == 0 && stride % P::kStep == 0;
+}
+
 // Rows read ahead of their use: a row is too short, and the next one too far away, for the CPU to see it coming.
 constexpr int64_t kRowsAhead = 16;
 
@@ -23,22 +29,35 @@ TFORMER_INLINE void prefetch_row(const T* row, int64_t width) {
   for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d);
 }
 
-// Whether a row holds only finite numbers (all bits of the exponent set: inf or NaN).
+// Likewise, but into the second-level cache.
 template <class T>
-bool row_is_finite(const T* row, int64_t n) {
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-  constexpr Bits exponent = sizeof(T) == 8       ? static_cast<Bits>(0x7ff0000000000000)
-                            : sizeof(T) == 4     ? static_cast<Bits>(0x7f800000)
-                            : __is_same(T, bf16) ? static_cast<Bits>(0x7f80)
-                                                 : static_cast<Bits>(0x7c00);
-  unsigned found = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    Bits bits;
-    std::memcpy(&bits, row + i, sizeof(T));
-    found |= (bits & exponent) == exponent;
-  }
-  return found == 0;
+TFORMER_INLINE void fetch_row(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 2);
 }
+
+// Whether all elements of the groups seen are finite: none has all bits of the exponent set.
+template <class P>
+class Finite {
+ public:
+  TFORMER_INLINE void operator()(Vec<typename P::Group> groups) {
+    largest_ = maximum((Vec<Bits>)groups & kMagnitude, largest_);
+  }
+  bool holds() const { return max_lanes<Bits>(largest_) < kInfinityBits; }
+
+ private:
+  using Bits = std::conditional_t<P::kStep == 2, int16_t, Integer<typename P::Real>>;
+  static constexpr Bits kMagnitude = static_cast<Bits>(~(uint64_t{1} << (8 * sizeof(Bits) - 1)));
+  static constexpr Bits kInfinityBits =
+      static_cast<Bits>(sizeof(Bits) == 8 ? 0x7ff0000000000000 : (sizeof(Bits) == 4 ? 0x7f800000 : 0x7f80));
+  Vec<Bits> largest_ = {};
+};
+
+// In its place where nobody asks.
+struct Unseen {
+  template <class V>
+  TFORMER_INLINE void operator()(V) const {}
+};
 
 // One vector of groups from position d (in groups) of a row of `width` elements; past the end it is zero.
 template <class P, class T>
@@ -59,67 +78,121 @@ TFORMER_INLINE Vec<typename P::Group> load_groups(const T* row, int64_t d, int64
 }
 
 // Rows as they are: out[row][row_groups(width)]; rows in [count, padded) become zero. The A operand of q.k, do.v.
-template <class P, class T>
-void pack_along_row(const T* rows, int64_t stride, int64_t count, int64_t padded, int64_t width,
-                    typename P::Group* out) {
+// see(groups) is called with all that is read.
+template <class P, class T, class See>
+void pack_along_row(const T* rows, int64_t stride, int64_t count, int64_t padded, int64_t width, typename P::Group* out,
+                    See&& see_all) {
   constexpr int L = kLanes<typename P::Real>;
-  const int64_t groups = row_groups<P>(width);
-  for (int64_t r = 0; r < padded; ++r) {
-    if (r + kRowsAhead < count) prefetch_row(rows + (r + kRowsAhead) * stride, width);
-    for (int64_t d = 0; d < groups; d += L) {
-      store(out + r * groups + d, r < count ? load_groups<P>(rows + r * stride, d, width) : Vec<typename P::Group>{});
+  const int64_t groups = row_groups<P>(width), whole = width / (L * P::kStep) * L;
+  auto see = see_all;  // in a register
+  for (int64_t r = 0; r < count; ++r, rows += stride, out += groups) {
+    if (r + kRowsAhead < count) prefetch_row(rows + kRowsAhead * stride, width);
+    for (int64_t d = 0; d < whole; d += L) {
+      const auto x = load_groups<P>(rows, d, (d + L) * P::kStep);
+      see(x);
+      store(out + d, x);
+    }
+    if (whole < groups) {
+      const auto x = load_groups<P>(rows, whole, width);
+      see(x);
+      store(out + whole, x);
     }
   }
+  for (int64_t n = 0; n < (padded - count) * groups; n += L) store(out + n, Vec<typename P::Group>{});
+  see_all = see;
+}
+
+// Interleaves the halves of two vectors of n elements: (a0 b0 a1 b1 ...), kHigh ? upper halves : lower halves.
+template <bool kHigh, class V, int... kIndex>
+TFORMER_INLINE V zip(V a, V b, std::integer_sequence<int, kIndex...>) {
+  constexpr int n = sizeof...(kIndex);
+  return __builtin_shufflevector(a, b, (kIndex / 2 + (kHigh ? n / 2 : 0) + (kIndex % 2 ? n : 0))...);
 }
 
 // Groups down the rows: out[row / kStep][padded width]; the B operand of sums over rows (p.v, ds.k, pT.do, dsT.q).
-template <class P, class T>
-void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded, int64_t width,
-                    typename P::Group* out) {
-  constexpr int L = kLanes<typename P::Real>;
-  const int64_t columns = round_up(width, L);
+template <class P, class T, class See>
+void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded, int64_t width, typename P::Group* out,
+                    See&& see_all) {
   if constexpr (P::kStep == 1) {
-    pack_along_row<P>(rows, stride, count, padded, width, out);
+    pack_along_row<P>(rows, stride, count, padded, width, out, see_all);
   } else {
-    for (int64_t r = 0; r < padded; r += 2) {
-      for (int i = 0; i < 2; ++i) {
-        if (r + i + kRowsAhead < count) prefetch_row(rows + (r + i + kRowsAhead) * stride, width);
+    constexpr int L = kLanes<typename P::Real>;
+    using Elements = Vec<int16_t>;
+    using Indices = std::make_integer_sequence<int, 2 * L>;
+    const int64_t columns = round_up(width, L);
+    auto see = see_all;  // in a register
+    for (int64_t r = 0; r < padded; r += 2, rows += 2 * stride, out += columns) {
+      for (int64_t i = kRowsAhead; i < kRowsAhead + 2; ++i) {
+        if (r + i < count) prefetch_row(rows + i * stride, width);
       }
-      for (int64_t d = 0; d < columns; d += L) {
-        HalfBits half[2] = {};
-        for (int i = 0; i < 2; ++i) {
-          const int64_t n = r + i < count ? width - d : 0;
-          std::memcpy(&half[i], rows + (r + i) * stride + d, static_cast<size_t>(n > L ? L : (n > 0 ? n : 0)) * 2);
+      for (int64_t d = 0; d < columns; d += 2 * L) {
+        Elements row[2] = {};
+        for (int64_t i = 0; i < 2 && r + i < count; ++i) {
+          if (width - d >= 2 * L) {
+            row[i] = load_bytes<Elements>(rows + i * stride + d);
+          } else {
+            std::memcpy(&row[i], rows + i * stride + d, static_cast<size_t>(width - d) * 2);
+          }
         }
-        store(out + (r / 2) * columns + d,
-              __builtin_convertvector(half[0], U32) | (__builtin_convertvector(half[1], U32) << 16));
+        see((Vec<typename P::Group>)row[0]);
+        see((Vec<typename P::Group>)row[1]);
+        store(out + d, zip<false>(row[0], row[1], Indices{}));
+        if (d + L < columns) store(out + d + L, zip<true>(row[0], row[1], Indices{}));
       }
     }
+    see_all = see;
   }
 }
 
-// Interleaves the halves of two vectors: (a0 b0 a1 b1 ...), kHigh ? upper halves : lower halves.
-template <bool kHigh, class G, int... kIndex>
-TFORMER_INLINE Vec<G> zip(Vec<G> a, Vec<G> b, std::integer_sequence<int, kIndex...>) {
-  constexpr int L = kLanes<G>;
-  return __builtin_shufflevector(a, b, (kIndex / 2 + (kHigh ? L / 2 : 0) + (kIndex % 2 ? L : 0))...);
-}
+// The two kinds of shuffles that a transposition is made of; kLane counts the lanes.
+template <class G, int... kLane>
+struct Shuffles {
+  static constexpr int L = kLanes<G>, kBlock = 16 / static_cast<int>(sizeof(G)), kBlocks = L / kBlock;
+  // Within each 16 bytes: (a0 b0 a1 b1), or (a2 b2 a3 b3).
+  template <bool kHigh>
+  static TFORMER_INLINE Vec<G> zip_lanes(Vec<G> a, Vec<G> b) {
+    return __builtin_shufflevector(
+        a, b, (kLane / kBlock * kBlock + kLane % kBlock / 2 + (kHigh ? kBlock / 2 : 0) + (kLane % 2 ? L : 0))...);
+  }
+  // Of whole 16 bytes: (a0 a2 b0 b2), or (a1 a3 b1 b3).
+  template <bool kOdd>
+  static TFORMER_INLINE Vec<G> unzip_blocks(Vec<G> a, Vec<G> b) {
+    return __builtin_shufflevector(
+        a, b, (kLane * 2 / L * L + (kLane * 2 % L / (2 * kBlock) * 2 + kOdd) * kBlock + kLane % kBlock)...);
+  }
+};
+template <class G, int... kLane>
+Shuffles<G, kLane...> shuffles_of(std::integer_sequence<int, kLane...>);
 
-// L x L transposition: log2 L perfect shuffles of the rows.
+// L x L transposition: within 16 bytes by perfect shuffles of the rows, then the 16 bytes as blocks.
 template <class G>
 TFORMER_INLINE void transpose(Vec<G> (&x)[kLanes<G>]) {
-  constexpr int L = kLanes<G>;
-  using Indices = std::make_integer_sequence<int, L>;
-#pragma GCC unroll 4
-  for (int stage = 1; stage < L; stage *= 2) {
-    Vec<G> y[L];
+  using S = decltype(shuffles_of<G>(std::make_integer_sequence<int, kLanes<G>>{}));
+  constexpr int L = S::L, kBlock = S::kBlock;
+  Vec<G> y[L];
+#pragma GCC unroll 2
+  for (int stage = 1; stage < kBlock; stage *= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < L / 2; ++i) {
-      y[2 * i] = zip<false, G>(x[i], x[i + L / 2], Indices{});
-      y[2 * i + 1] = zip<true, G>(x[i], x[i + L / 2], Indices{});
+    for (int i = 0; i < L; i += 2) {
+      const int from = i / kBlock * kBlock + i % kBlock / 2;
+      y[i] = S::template zip_lanes<false>(x[from], x[from + kBlock / 2]);
+      y[i + 1] = S::template zip_lanes<true>(x[from], x[from + kBlock / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) x[i] = y[i];
+  }
+  if constexpr (S::kBlocks > 1) {
+#pragma GCC unroll 2
+    for (int stage = 1; stage < S::kBlocks; stage *= 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L / 2; ++i) {
+        const int from = i / kBlock * 2 * kBlock + i % kBlock;
+        y[i] = S::template unzip_blocks<false>(x[from], x[from + kBlock]);
+        y[i + L / 2] = S::template unzip_blocks<true>(x[from], x[from + kBlock]);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) x[i] = y[i];
+    }
   }
 }
 
@@ -135,16 +208,24 @@ void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t padde
   using Group = typename P::Group;
   constexpr int L = kLanes<Group>;
   const int64_t groups = (width + P::kStep - 1) / P::kStep;
-  for (int64_t key = 0; key < padded; key += L) {
+  for (int64_t key = 0; key < padded; key += L, rows += L * stride) {
     Group* panel = out + key / kPanel<P> * (groups * kPanel<P>)+key % kPanel<P>;
-    for (int64_t next = key + L; next < key + 2 * L && next < count; ++next) prefetch_row(rows + next * stride, width);
+    for (int64_t next = L; next < 2 * L && key + next < count; ++next) prefetch_row(rows + next * stride, width);
     for (int64_t d = 0; d < groups; d += L) {
       Vec<Group> x[L];
-      for (int i = 0; i < L; ++i) {
-        x[i] = key + i < count ? load_groups<P>(rows + (key + i) * stride, d, width) : Vec<Group>{};
+      if (count - key >= L && width >= (d + L) * P::kStep) {  // nothing to pad: no branch between the loads
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) x[i] = load_groups<P>(rows + i * stride, d, (d + L) * P::kStep);
+      } else {
+        for (int i = 0; i < L; ++i) x[i] = key + i < count ? load_groups<P>(rows + i * stride, d, width) : Vec<Group>{};
       }
       transpose<Group>(x);
-      for (int i = 0; i < L && d + i < groups; ++i) store(panel + (d + i) * kPanel<P>, x[i]);
+      if (groups - d >= L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(panel + (d + i) * kPanel<P>, x[i]);
+      } else {
+        for (int i = 0; i < L && d + i < groups; ++i) store(panel + (d + i) * kPanel<P>, x[i]);
+      }
     }
   }
 }

@@ -22,6 +22,8 @@ struct Wide {  // one element a group
   static TFORMER_INLINE Vec<Real> multiply_add(Group a, Vec<Group> b, Vec<Real> c) { return a * b + c; }
   static TFORMER_INLINE Real element(Group g, int) { return g; }
   static TFORMER_INLINE Vec<Real> elements(Vec<Group> g, int) { return g; }
+  static TFORMER_INLINE void store_along(Group* to, Vec<Real> x) { store(to, x); }
+  static TFORMER_INLINE Vec<Group> scaled(Vec<Group> g, Real by) { return g * by; }
 };
 
 #if TFORMER_HAS_BF16_PRODUCTS
@@ -39,6 +41,9 @@ struct PairBf16 {
     return x;
   }
   static TFORMER_INLINE F elements(U32 g, int i) { return (F)(i == 0 ? g << 16 : g & 0xffff0000u); }
+  static TFORMER_INLINE U32 scaled(U32 g, float by) {
+    return narrow_bf16(elements(g, 0) * by) | narrow_bf16(elements(g, 1) * by) << 16;
+  }
   // The CPU's own narrowing takes and gives 0 for subnormal numbers: good for weights, not for results.
   static TFORMER_INLINE void store_along(Group* to, F x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
   static TFORMER_INLINE U32 pair(F low, F high) {
@@ -80,12 +85,12 @@ struct ProductOperands {
   bool accumulate;
 };
 
+// The sums of one register tile.
 template <class P, int kRows, int kColumns>
-__attribute__((noinline)) void register_tile(const ProductOperands<P>& m) {
+TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, Vec<typename P::Real> (&acc)[kRows][kColumns]) {
   using Real = typename P::Real;
   using Group = typename P::Group;
   constexpr int L = kLanes<Real>;
-  Vec<Real> acc[kRows][kColumns];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -101,11 +106,26 @@ __attribute__((noinline)) void register_tile(const ProductOperands<P>& m) {
     for (int n = 0; n < kColumns; ++n) row[n] = load(b + n * L);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Group x = a[r * a_row];
+      Group x;  // of any alignment: it may lie in the caller's tensor
+      std::memcpy(&x, a + r * a_row, sizeof(x));
 #pragma GCC unroll 4
       for (int n = 0; n < kColumns; ++n) acc[r][n] = P::multiply_add(x, row[n], acc[r][n]);
     }
   }
+}
+
+template <class P, int kRows, int kColumns>
+__attribute__((noinline)) void register_tile(const ProductOperands<P>& m) {
+  using Real = typename P::Real;
+  constexpr int L = kLanes<Real>;
+  // The second operand streams through the first-level cache and pushes out what c points to.
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kColumns; ++n) __builtin_prefetch(m.c + r * m.c_row + n * L, 1);
+  }
+  Vec<Real> acc[kRows][kColumns];
+  multiply_tile<P>(m, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -168,13 +188,15 @@ template <class P>
 void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t columns, const uint8_t* hidden,
                             int64_t hidden_row, int64_t hidden_step) {
   using Real = typename P::Real;
+  using Group = typename P::Group;
   constexpr int L = kLanes<Real>;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t n = 0; n < columns; n += L) {
       Real* c = m.c + r * m.c_row + n;
       Vec<Real> acc{};
       for (int64_t k = 0; k < m.steps; ++k) {
-        const auto a = m.a[r * m.a_row + k * m.a_step];
+        Group a;
+        std::memcpy(&a, m.a + r * m.a_row + k * m.a_step, sizeof(a));
         const auto b = load(m.b + k * m.b_step + n);
         for (int i = 0; i < P::kStep; ++i) {
           if (!hidden[r * hidden_row + (k * P::kStep + i) * hidden_step]) {

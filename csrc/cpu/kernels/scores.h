@@ -3,17 +3,13 @@
 
 #include "../../key_range.h"
 #include "dropout.h"
-#include "packing.h"
-#include "vec_math.h"
+#include "online_softmax.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
 
 // Keys are handled in blocks of this many: a whole number of panels on every ISA, and one Philox block.
 constexpr int64_t kKeyBlock = 64;
-
-template <class Real>
-constexpr Real kInfinity = static_cast<Real>(__builtin_inf());
 
 template <class Real, class T>
 TFORMER_INLINE void add_elements(const T* row, int64_t stride, int64_t n, Real* to) {
@@ -101,10 +97,16 @@ struct Scores {
   // s[0, n): products of query i with keys key0 ..; n a whole number of vectors. Turns them into scores divided by
   // pending_scale(). Hidden keys become -inf. Where `slope_of_cap` is given it receives the derivative of the softcap.
   TFORMER_INLINE void finish_row(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
+    constexpr int L = kLanes<Real>;
     if (!plain) add_operands(s, i, key0, n, slope_of_cap);
     const int64_t begin = range.begin(i) - key0, end = range.end(i) - key0;
-    for (int64_t j = 0; j < begin && j < n; ++j) s[j] = -kInfinity<Real>;
-    for (int64_t j = end > 0 ? end : 0; j < n; ++j) s[j] = -kInfinity<Real>;
+    const Vec<Real> lane = lane_index<Real>(), none = splat(-kInfinity<Real>);
+    for (int64_t j = 0; j < begin && j < n; j += L) {
+      store(s + j, (lane < static_cast<Real>(begin - j)) ? none : load(s + j));
+    }
+    for (int64_t j = end > 0 ? end / L * L : 0; j < n; j += L) {
+      store(s + j, (lane < static_cast<Real>(end - j)) ? load(s + j) : none);
+    }
   }
 
   // Positive. Where nothing is added to the scaled products the scale waits for the exponent, in which it is free.

@@ -113,6 +113,17 @@ TFORMER_INLINE T reduce_lanes(VecN<T, kCount> v, Combine combine) {
     return reduce_lanes<T, kCount / 2>(combine(half[0], half[1]), combine);
   }
 }
+// Whether a comparison holds in some lane.
+template <class M>
+TFORMER_INLINE bool any_lane(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#else
+  using Lane = int64_t;
+  return reduce_lanes<Lane, sizeof(M) / 8>((VecN<Lane, sizeof(M) / 8>)mask,
+                                           [](auto a, auto b) TFORMER_LAMBDA { return a | b; }) != 0;
+#endif
+}
 template <class T>
 TFORMER_INLINE T sum_lanes(Vec<T> v) {
   return reduce_lanes<T, kLanes<T>>(v, [](auto a, auto b) TFORMER_LAMBDA { return a + b; });
@@ -121,6 +132,22 @@ template <class T>
 TFORMER_INLINE T max_lanes(Vec<T> v) {
   return reduce_lanes<T, kLanes<T>>(v, [](auto a, auto b) TFORMER_LAMBDA { return maximum(a, b); });
 }
+
+#if defined(__AVX512F__)
+// The nearest whole number, and p 2^n for a whole n.
+TFORMER_INLINE Vec<float> round_whole(Vec<float> x) {
+  return (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+TFORMER_INLINE Vec<double> round_whole(Vec<double> x) {
+  return (Vec<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+TFORMER_INLINE Vec<float> times_power(Vec<float> p, Vec<float> n) {
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+TFORMER_INLINE Vec<double> times_power(Vec<double> p, Vec<double> n) {
+  return (Vec<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+}
+#endif
 
 // ---- bf16 and f16 as the upper bits of, or a smaller exponent than, float -------------------------------------------
 
@@ -304,6 +331,16 @@ TFORMER_INLINE void store_as(T* p, Vec<A> v, int64_t n) {
   T lanes[kLanes<A>];
   store_as<A>(lanes, v);
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
+
+// f(d) for the vectors of a row of `width` elements, narrowed to memory of type T.
+template <class A, class T, class F>
+TFORMER_INLINE void store_row(T* to, int64_t width, F&& f) {
+  constexpr int L = kLanes<A>;
+  int64_t d = 0;
+  for (; width - d >= 2 * L; d += 2 * L) store_two_as<A>(to + d, f(d), f(d + L));
+  for (; width - d >= L; d += L) store_as<A>(to + d, f(d));
+  if (d < width) store_as<A>(to + d, f(d), width - d);
 }
 
 // Each lane as memory of type T would give it back.

@@ -1,4 +1,4 @@
-// exp and tanh of a vector. Polynomials: Chebyshev interpolation, maximal relative error in the comment.
+// exp, log and tanh of a vector. Polynomials: minimax or Chebyshev interpolation, maximal relative error beside them.
 #pragma once
 
 #include "vec.h"
@@ -9,14 +9,18 @@ namespace {
 template <class T>
 struct MathConstants;
 
+template <class T>
+constexpr T kLog2e = static_cast<T>(1.4426950408889634074);
+template <class T>
+constexpr T kLn2 = static_cast<T>(0.69314718055994530942);
+
 template <>
 struct MathConstants<float> {
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kLog2e = 1.44269502f, kLog2eRest = 1.92596299e-8f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  // 2^f, |f| <= 1/2: 2.5e-9
-  static constexpr float kExp2[] = {1.0f,           0.693147207f,   0.240226509f,   0.0555032723f,
-                                    0.00961805668f, 0.00134004282f, 0.000154614447f};
+  // 2^f, |f| <= 1/2: 9.2e-8, and 2.9e-6 for what is rounded to 16 bits; exactly 1 at 0
+  static constexpr float kExp2[] = {1.0f, 0.693146978f, 0.240222421f, 0.0555073377f, 0.00967151278f, 0.00132647151f};
+  static constexpr float kExp2For16Bits[] = {1.0f, 0.693124193f, 0.240240988f, 0.0559064256f, 0.00958284338f};
   // (tanh(x) / x - 1) / x^2 in z = x^2 <= 0.4: 2.1e-10
   static constexpr float kTanh[] = {-0.333333333f,   0.133333316f,   -0.0539675703f,  0.0218590592f,
                                     -0.00878649278f, 0.00329513372f, -0.000852027759f};
@@ -25,7 +29,6 @@ struct MathConstants<float> {
 template <>
 struct MathConstants<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kLog2e = 1.4426950408889634, kLog2eRest = 2.0355273740931033e-17;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   // 2^f, |f| <= 1/2: 5.6e-20
   static constexpr double kExp2[] = {1.0,
@@ -57,40 +60,50 @@ TFORMER_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[kCount]) {
   return y;
 }
 
-// The power of two that times_power takes for 0.
-#if defined(__AVX512F__)
-template <class T>
-constexpr T kLowestPower = -2 * MathConstants<T>::kBias;
-#else
-template <class T>
-constexpr T kLowestPower = -MathConstants<T>::kBias;
-#endif
-
-// p 2^n, where n = shifted - kRound is a whole number, not below kLowestPower. NaN stays NaN.
-template <class T>
-TFORMER_INLINE Vec<T> times_power(Vec<T> p, Vec<T> shifted) {
+// 2^x, for x <= 127 (1023 for double). 0 for -inf; NaN stays NaN. The rounding error of a large x shows in the result,
+// but only where 2^x is small. Precision: the type that results are rounded to in the end.
+template <class T, class Precision = T>
+TFORMER_INLINE Vec<T> exp2_vec(Vec<T> x) {
   using M = MathConstants<T>;
+  const auto power_of_fraction = [](Vec<T> f) TFORMER_LAMBDA {
+    if constexpr (sizeof(Precision) == 2) {
+      return polynomial<T>(f, M::kExp2For16Bits);
+    } else {
+      return polynomial<T>(f, M::kExp2);
+    }
+  };
 #if defined(__AVX512F__)
-  const Vec<T> n = shifted - M::kRound;
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_scalef_ps((__m512)p, (__m512)n);
-  } else {
-    return (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
-  }
+  const Vec<T> n = round_whole(x);
+  return times_power(power_of_fraction(x - n), n);  // NaN 2^-inf is 0
 #else
-  return p * (Vec<T>)(((Vec<Integer<T>>)shifted + M::kBias) << M::kMantissa);
+  x = maximum(splat(static_cast<T>(-M::kBias)), x);
+  const Vec<T> shifted = x + M::kRound;
+  const Vec<T> power = (Vec<T>)(((Vec<Integer<T>>)shifted + M::kBias) << M::kMantissa);
+  return power_of_fraction(x - (shifted - M::kRound)) * power;
 #endif
 }
 
-// e^x, for x <= 88 (709 for double). 0 for -inf; NaN stays NaN. The product x log2 e is exact up to n where
-// multiply-adds are fused, so that the fraction does not carry the rounding of a large x (Cody & Waite 1980).
+// e^x likewise.
 template <class T>
 TFORMER_INLINE Vec<T> exp_vec(Vec<T> x) {
+  return exp2_vec<T>(x * kLog2e<T>);
+}
+
+// log(x) of a normal x > 0: from the exponent and a parabola through the fraction (error below 0.0054), each step of
+// Halley's method for e^y = x leaves a twelfth of the third power of the error.
+template <class T>
+TFORMER_INLINE Vec<T> log_vec(Vec<T> x) {
   using M = MathConstants<T>;
-  x = maximum(splat(static_cast<T>(kLowestPower<T> * 0.693147180559945309)), x);
-  const Vec<T> shifted = x * M::kLog2e + M::kRound;
-  const Vec<T> fraction = x * M::kLog2eRest + (x * M::kLog2e - (shifted - M::kRound));
-  return times_power<T>(polynomial<T>(fraction, M::kExp2), shifted);
+  using I = Vec<Integer<T>>;
+  const Vec<T> one = splat(T(1));
+  const Vec<T> fraction = (Vec<T>)(((I)x & ((Integer<T>(1) << M::kMantissa) - 1)) | (I)one) - 1;
+  const Vec<T> exponent = __builtin_convertvector(((I)x >> M::kMantissa) - M::kBias, Vec<T>);
+  Vec<T> y = (exponent + fraction + static_cast<T>(0.347) * fraction * (1 - fraction)) * kLn2<T>;
+  for (size_t n = 0; n < sizeof(T) / 4; ++n) {
+    const Vec<T> e = exp_vec<T>(y);
+    y += 2 * (x - e) / (x + e);
+  }
+  return y;
 }
 
 // tanh(x): the odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that formula elsewhere.

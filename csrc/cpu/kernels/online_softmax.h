@@ -1,0 +1,135 @@
+// Softmax of the rows of a tile as their keys come along (Milakov & Gimelshein 2018).
+#pragma once
+
+#include "packing.h"
+#include "vec_math.h"
+
+namespace tformer::TFORMER_ISA {
+namespace {
+
+template <class Real>
+constexpr Real kInfinity = static_cast<Real>(__builtin_inf());
+
+// weight = e^(scale (x - m)), l = sum of the weights, lane by lane. The scale is positive. m is not always the largest
+// score: it is left as it is until a score exceeds it by so much that a weight passes e^kSlack, which loses no accuracy
+// and saves what a new m costs. What takes a row's lanes together is done for all rows at once, so that the latencies
+// overlap.
+template <class T>
+struct OnlineSoftmax {
+  using P = Pack<T>;
+  using Real = typename P::Real;
+  using Group = typename P::Group;
+  static constexpr int L = kLanes<Real>;
+  static constexpr int kChains = 4;  // of dependent operations, likewise
+  static constexpr Real kSlack = 6;
+  Real m[kTileRows];
+  Vec<Real> l[kTileRows];
+  bool empty;  // no key came along yet, and the output holds nothing
+
+  void start() {
+    empty = true;
+    for (int r = 0; r < kTileRows; ++r) m[r] = -kInfinity<Real>, l[r] = Vec<Real>{};
+  }
+
+  // The largest of s[0, n), lane by lane.
+  static TFORMER_INLINE Vec<Real> largest(const Real* s, int64_t n) {
+    Vec<Real> top[kChains];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) top[c] = splat(-kInfinity<Real>);
+    each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { top[c] = maximum(load(s + j), top[c]); });
+    return maximum(maximum(top[0], top[1]), maximum(top[2], top[3]));
+  }
+
+  // Takes in the largest scores of a row; returns by what its earlier weights and outputs have to be multiplied.
+  TFORMER_INLINE Real raise(int64_t r, Vec<Real> top, Real scale) {
+    const Real highest = max_lanes<Real>(top);
+    if (!(highest > limit(r, scale))) return 1;
+    const Real factor = m[r] == -kInfinity<Real> ? Real(0) : exp_vec<Real>(splat((m[r] - highest) * scale))[0];
+    l[r] *= factor;
+    m[r] = highest;
+    return factor;
+  }
+
+  // Scores s[0, n) of row r become weights, narrowed to `weights` if there is such a place.
+  TFORMER_INLINE void weigh(int64_t r, Real* s, int64_t n, Real scale, Group* weights) {
+    Vec<Real> sum[kChains] = {};
+    const Vec<Real> shift = splat(shift_of(r));
+    const Real to_exp2 = scale * kLog2e<Real>;
+    const auto weight = [&](int64_t j, int c) TFORMER_LAMBDA {
+      const Vec<Real> w = exp2_vec<Real, T>((load(s + j) - shift) * to_exp2);
+      sum[c] += w;
+      return w;
+    };
+    if (P::kStep == 1 || !weights) {
+      each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { store(s + j, weight(j, c)); });
+    } else {
+      each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { P::store_along(weights + j / P::kStep, weight(j, c)); });
+    }
+    l[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+
+  // The weights of a whole register tile of keys that all kRows rows see, straight from its sums: the product of
+  // queries and keys, whose place c only takes the scores if it returns false. It does if m would have to be raised,
+  // other than for the first keys.
+  template <int kRows>
+  __attribute__((noinline)) bool weigh_tile(const ProductOperands<P>& product, Real scale, Group* weights,
+                                            int64_t weights_row) {
+    constexpr int kColumns = kTileColumns;
+    Vec<Real> acc[kRows][kColumns];
+    multiply_tile<P>(product, acc);
+    bool first = true, within = true;
+    Vec<Real> top[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      top[r] = acc[r][0];
+#pragma GCC unroll 4
+      for (int n = 1; n < kColumns; ++n) top[r] = maximum(acc[r][n], top[r]);
+      first &= m[r] == -kInfinity<Real>;
+      within &= !any_lane(top[r] > limit(r, scale));
+    }
+    if (first) {
+      for (int r = 0; r < kRows; ++r) m[r] = max_lanes<Real>(top[r]);
+    } else if (!within) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; ++n) store(product.c + r * product.c_row + n * L, acc[r][n]);
+      }
+      return false;
+    }
+    const Real to_exp2 = scale * kLog2e<Real>;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Real> shift = splat(shift_of(r));
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) {
+        acc[r][n] = exp2_vec<Real, T>((acc[r][n] - shift) * to_exp2);
+        P::store_along(weights + r * weights_row + n * L / P::kStep, acc[r][n]);
+      }
+      l[r] += (acc[r][0] + acc[r][1 % kColumns]) + (acc[r][2 % kColumns] + acc[r][3 % kColumns]);
+    }
+    return true;
+  }
+
+ private:
+  TFORMER_INLINE Real limit(int64_t r, Real scale) const { return m[r] + kSlack / scale; }
+  // Nothing visible yet: weights are e^-inf = 0.
+  TFORMER_INLINE Real shift_of(int64_t r) const { return m[r] == -kInfinity<Real> ? Real(0) : m[r]; }
+
+  // f(position, chain) for each vector of [0, n); n is a whole number of vectors.
+  template <class F>
+  static TFORMER_INLINE void each_vector(int64_t n, F&& f) {
+    int64_t j = 0;
+    for (; j + kChains * L <= n; j += kChains * L) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) f(j + c * L, c);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains - 1; ++c) {
+      if (j + c * L < n) f(j + c * L, c);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace tformer::TFORMER_ISA
