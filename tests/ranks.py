@@ -18,7 +18,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TIMEOUT = 60.0
+TIMEOUT = 240.0
+# One process imports all this and is forked for each rank; it has started no threads.
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "tformer_ext", "pytest"]
+)
 
 
 @contextlib.contextmanager
@@ -51,6 +56,7 @@ class Communication(TorchDispatchMode):
 
 
 def _serve(rank, world, folder, pipe):
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -74,24 +80,16 @@ class Ranks:
         self.processes = []
 
     def _start(self):
-        context = get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        try:
-            self.pipes = []
-            for rank in range(self.world):
-                ours, theirs = context.Pipe()
-                arguments = (rank, self.world, self.folder.name, theirs)
-                process = context.Process(target=_serve, args=arguments, daemon=True)
-                process.start()
-                self.processes.append(process)
-                self.pipes.append(ours)
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
+        self.pipes = []
+        for rank in range(self.world):
+            ours, theirs = _CONTEXT.Pipe()
+            arguments = (rank, self.world, self.folder.name, theirs)
+            process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
 
     def run(self, function, *arguments):
         """[function(rank, world, *arguments) of each rank]"""

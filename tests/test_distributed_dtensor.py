@@ -278,7 +278,14 @@ def errors(rank, world):
     def cut(t, dim):
         return distribute_tensor(t, mesh, [Shard(dim)])
 
+    def second(function):
+        leaf = cut(q, 1).requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)
+        gradient.square().sum().backward()
+
     for error, message, call in [
+        (NotImplementedError, "query: second derivatives", lambda: second(lambda t: F.attention(t, t, t))),
+        (NotImplementedError, "x: second", lambda: second(lambda t: F.residual_layer_norm(t, dropout_p=0.5))),
         (ValueError, "query: expected a DTensor sharded along", lambda: F.attention(cut(q, 2), cut(q, 2), cut(q, 2))),
         (ValueError, "value: expected a DTensor sharded along", lambda: F.attention(cut(q, 1), cut(q, 1), cut(q, 3))),
         (ValueError, "key: expected a number of heads", lambda: F.attention(cut(q, 1), cut(kv, 1), cut(kv, 1))),

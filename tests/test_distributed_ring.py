@@ -325,3 +325,19 @@ def citizenship(rank, world):
 
 def test_citizenship(ranks2):
     ranks2.run(citizenship)
+
+
+def compiled(rank, world):
+    q = torch.randn(1, 2, 8, 8, requires_grad=True)
+
+    def run(q):
+        return ring_attention(q * 2, q, q, causal=True).sum() + 1
+
+    (expected,) = torch.autograd.grad(run(q), q)
+    (gradient,) = torch.autograd.grad(torch.compile(run, backend="aot_eager")(q), q)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.slow
+def test_compile_breaks_the_graph_and_goes_on(ranks2):
+    ranks2.run(compiled)

@@ -388,6 +388,7 @@ def hugging_face(rank, world, folder):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_of_transformers(ranks2, tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5")
     config = transformers.LlamaConfig(

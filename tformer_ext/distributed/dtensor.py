@@ -6,6 +6,8 @@ Nothing else is gathered behind the user's back: a tensor that is cut along anot
 This file is imported by the first call with a DTensor, because torch.distributed.tensor takes long to import.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._op_schema import OpStrategy, RuntimeSchemaInfo
@@ -109,8 +111,8 @@ def _seeds(seed, mesh, placements):
 
 # ---- sharding strategies of the operators ---------------------------------------------------------------------------
 #
-# Each rule gives, for a cut along one dimension, the placements of all outputs and of all inputs; what belongs to an
-# input that is None or a number is not looked at.
+# Each rule gives, for a cut along one dimension and the operator's arguments t, the placements of all outputs, and of
+# those inputs that are not simply cut along that dimension, by their names in csrc/schema.cpp.
 
 
 def _shard_if(condition, dim):
@@ -121,92 +123,96 @@ def _seed_placement(seed):
     return _shard_if(seed is not None and seed.shape.numel() > 1, 0)
 
 
-def _attention_extras(cut, bias, mask, alibi_slopes, sinks, *rest):
-    """Placements of what comes after query, key and value; dimensions of size 1 are broadcast."""
-    scores = [_shard_if(t is not None and t.shape[cut] > 1, cut) for t in (bias, mask)]
+def _attention_inputs(cut, t):
+    """Dimensions of size 1 are broadcast; what is per head or per batch has fewer dimensions."""
     heads = _shard_if(cut == 1, 0)
-    slopes = Shard(cut) if alibi_slopes is not None and alibi_slopes.ndim == 2 else heads
-    return [*scores, slopes, heads, _shard_if(cut == 0, 0), Replicate(), Replicate(), _seed_placement(rest[3])]
+    return {
+        "bias": _shard_if(t.bias is not None and t.bias.shape[cut] > 1, cut),
+        "mask": _shard_if(t.mask is not None and t.mask.shape[cut] > 1, cut),
+        "alibi_slopes": heads if t.alibi_slopes is None or t.alibi_slopes.ndim == 1 else Shard(cut),
+        "sinks": heads,
+        "key_lengths": _shard_if(cut == 0, 0),
+        "cu_seqlens_q": Replicate(),
+        "cu_seqlens_k": Replicate(),
+        "dropout_seed": _seed_placement(t.dropout_seed),
+    }
 
 
-def _attention_forward(cut, query, key, value, *extras):
-    extras = (*extras, *[None] * (8 - len(extras)))
-    return [Shard(cut)] * 2, [Shard(cut)] * 3 + _attention_extras(cut, *extras[:8])
+def _attention_forward(cut, t):
+    return [Shard(cut)] * 2, _attention_inputs(cut, t)
 
 
-def _attention_backward(cut, grad_out, grad_lse, query, key, value, out, lse, bias, mask, alibi_slopes, sinks, *rest):
-    bias_needs_grad = rest[4]
+def _attention_backward(cut, t):
+    inputs = _attention_inputs(cut, t)
     grad_bias = grad_sinks = Replicate()  # of those not wanted, which are empty
-    if bias_needs_grad:
-        grad_bias = Shard(cut) if bias.shape[cut] > 1 else Partial()
-    if sinks is not None:
+    if t.bias_needs_grad:
+        grad_bias = inputs["bias"] if inputs["bias"].is_shard() else Partial()
+    if t.sinks is not None:
         grad_sinks = Shard(0) if cut == 1 else Partial()
-    extras = _attention_extras(cut, bias, mask, alibi_slopes, sinks, *rest[:4])
-    return [*[Shard(cut)] * 3, grad_bias, grad_sinks], [Shard(cut)] * 7 + extras
+    return [*[Shard(cut)] * 3, grad_bias, grad_sinks], inputs
 
 
-def _norm_forward(cut, x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, sum_dtype):
-    outputs = [Shard(cut), _shard_if(save_sum, cut), _shard_if(not rms, cut), Shard(cut)]
-    return outputs, [Shard(cut), Shard(cut), Replicate(), Replicate(), _seed_placement(seed)]
+def _norm_inputs(t):
+    return {"weight": Replicate(), "bias": Replicate(), "dropout_seed": _seed_placement(t.dropout_seed)}
 
 
-def _norm_inference(cut, *_):
-    return [Shard(cut)], [Shard(cut), Shard(cut), Replicate(), Replicate()]
+def _norm_forward(cut, t):
+    return [Shard(cut), _shard_if(t.save_sum, cut), _shard_if(not t.rms, cut), Shard(cut)], _norm_inputs(t)
 
 
-def _norm_backward(cut, grad_y, grad_sum, total, mean, rstd, weight, seed, dropout_p, rms, x_dtype, *dtypes):
+def _norm_inference(cut, t):
+    return [Shard(cut)], {"weight": Replicate(), "bias": Replicate()}
+
+
+def _norm_backward(cut, t):
     from ..ops.residual_norm import gradients_apart
 
-    residual_dtype, bias_dtype = dtypes
-    outputs = [
-        Shard(cut),
-        _shard_if(gradients_apart(dropout_p, x_dtype, residual_dtype), cut),
-        Replicate() if weight is None else Partial(),
-        Replicate() if bias_dtype is None else Partial(),
-    ]
-    inputs = [*[Shard(cut)] * 3, _shard_if(not rms, cut), Shard(cut), Replicate(), _seed_placement(seed)]
-    return outputs, inputs
+    grad_residual = _shard_if(gradients_apart(t.dropout_p, t.x_dtype, t.residual_dtype), cut)
+    grad_weight = Replicate() if t.weight is None else Partial()
+    grad_bias = Replicate() if t.bias_dtype is None else Partial()
+    inputs = {**_norm_inputs(t), "mean": _shard_if(not t.rms, cut)}
+    return [Shard(cut), grad_residual, grad_weight, grad_bias], inputs
 
 
-def _attention_cuts(seed, args):
-    return (1,) if args[seed - 2] is not None else (0, 1)  # packed sequences have no batch
-
-
-def _norm_cuts(_seed, args):
-    return range(args[0].ndim - 1)
-
-
-def _register(op, rule, cuts, first, seed, check=None):
+def _register(op, rule, rows, forward):
     """Tells DTensor all ways to run the operator on shards: each dimension of the mesh whole or cut by the rule.
 
-    first, seed: positions of the first tensor (query, or the rows of a norm) and of the dropout seed. With a seed the
-    first tensor stays as it is placed, since the seeds were made for that. check: of forward operators, which refuse
-    to gather what is cut otherwise; gradients DTensor may redistribute.
+    rows: name of the tensor whose dimensions are cut, query or the rows of a norm. With dropout it stays as it is
+    placed, since the seeds were made for that. Forward operators refuse to gather what is cut otherwise; gradients
+    DTensor may redistribute.
     """
     op = op.default
     names, outputs = [a.name for a in op._schema.arguments], len(op._schema.returns)
+    is_attention = rows == "query"
 
     def strategy(op_schema):
         schema, mesh = op_schema.args_schema, op_schema.get_mesh_from_args()
-        args = [a.strategies[0].output_spec if isinstance(a, OpStrategy) else a for a in schema]
-        args += [None] * (len(names) - len(args))
-        tensors = [n for n, a in enumerate(schema) if isinstance(a, OpStrategy)]
-        if check is not None:
-            check(mesh, *args[: 3 if check is _check_attention else 2])
+        t = SimpleNamespace(**dict.fromkeys(names))
+        for name, a in zip(
+            names, schema, strict=False
+        ):  # fewer where the rest is left to defaults, all of them None or off
+            setattr(t, name, a.strategies[0].output_spec if isinstance(a, OpStrategy) else a)
+        if forward:
+            _check_attention(mesh, t.query, t.key, t.value) if is_attention else _check_norm(mesh, t.x, t.residual)
+        tensors = [name for name, a in zip(names, schema, strict=False) if isinstance(a, OpStrategy)]
+        actual = getattr(t, rows)
+        if not is_attention:
+            cuts = range(actual.ndim - 1)
+        else:
+            cuts = (0, 1) if t.cu_seqlens_q is None else (1,)  # packed sequences have no batch
         options = [[Replicate()] * (outputs + len(tensors))]
-        for cut in cuts(seed, args):
-            out, inputs = rule(cut, *args)
-            options.append(out + [inputs[n] for n in tensors])
-        every = expand_to_full_mesh_op_strategy(mesh, op_schema, options, input_index=outputs).strategies
-        at = tensors.index(first)
-        if seed is not None and args[seed] is not None:
-            every = [s for s in every if s.input_specs[at].placements == args[first].placements]
-        if cuts is _attention_cuts:
-            query, key = args[first : first + 2]
-            every = [s for s in every if _heads_fit(mesh, s.input_specs[at].placements, query, key)]
-        if not every:
-            raise ValueError(f"{names[first]}: its placements {args[first].placements} cannot be kept")
-        return OpStrategy(every)
+        for cut in cuts:
+            results, inputs = rule(cut, t)
+            options.append(results + [inputs.get(name, Shard(cut)) for name in tensors])
+        kept = []
+        for s in expand_to_full_mesh_op_strategy(mesh, op_schema, options, input_index=outputs).strategies:
+            placements = s.input_specs[tensors.index(rows)].placements
+            moved = getattr(t, "dropout_seed", None) is not None and placements != actual.placements
+            if not moved and not (is_attention and not _heads_fit(mesh, placements, t.query, t.key)):
+                kept.append(s)
+        if not kept:
+            raise ValueError(f"{rows}: its placements {actual.placements} cannot be kept")
+        return OpStrategy(kept)
 
     # from argument 0 on everything counts in the cache of decisions: which are None, and numbers, change the outputs
     information = RuntimeSchemaInfo(static_argnum=0)
@@ -214,8 +220,8 @@ def _register(op, rule, cuts, first, seed, check=None):
 
 
 _ops = torch.ops.tformer_ext
-_register(_ops._attention_forward, _attention_forward, _attention_cuts, first=0, seed=10, check=_check_attention)
-_register(_ops._attention_backward, _attention_backward, _attention_cuts, first=2, seed=14)
-_register(_ops._residual_norm_forward, _norm_forward, _norm_cuts, first=0, seed=4, check=_check_norm)
-_register(_ops._residual_norm_inference, _norm_inference, _norm_cuts, first=0, seed=None, check=_check_norm)
-_register(_ops._residual_norm_backward, _norm_backward, _norm_cuts, first=2, seed=6)
+_register(_ops._attention_forward, _attention_forward, rows="query", forward=True)
+_register(_ops._attention_backward, _attention_backward, rows="query", forward=False)
+_register(_ops._residual_norm_forward, _norm_forward, rows="x", forward=True)
+_register(_ops._residual_norm_inference, _norm_inference, rows="x", forward=True)
+_register(_ops._residual_norm_backward, _norm_backward, rows="sum", forward=False)

@@ -149,6 +149,8 @@ class AttentionBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grad_grads):
         grad_out, grad_lse, *tensors = ctx.saved_tensors
+        if is_dtensor(tensors[0]):
+            raise NotImplementedError("query: second derivatives are for plain tensors, got a DTensor")
         grads = _double_backward(grad_grads, grad_out, grad_lse, tensors, ctx.numbers, ctx.bias_needs_grad)
         by_name = dict(zip(("grad_out", "grad_lse", "query", "key", "value", "bias", "sinks"), grads, strict=True))
         return (

@@ -188,6 +188,8 @@ class ResidualNormBackward(torch.autograd.Function):
                 dh = dh + gs.to(wide)
             pairs = [(grad_grad_residual, dh)] if gradients_apart(dropout_p, x_dtype, residual_dtype) else []
             if dropout_p > 0:
+                if is_dtensor(total):
+                    raise NotImplementedError("x: second derivatives with dropout are for plain tensors, got a DTensor")
                 kept = norm_dropout_mask(seed, *h.shape, dropout_p, device=h.device)
                 dh = dh * (kept.to(wide) * keep_scale(dropout_p))
             pairs.append((grad_grad_x, dh))
