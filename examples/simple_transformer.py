@@ -37,6 +37,8 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, x, start=0):
+        if start + x.shape[1] > len(self.table):
+            raise ValueError(f"x: expected at most {len(self.table)} positions, got {start + x.shape[1]}")
         return self.dropout(x + self.table[start : start + x.shape[1]])
 
 
@@ -119,7 +121,7 @@ def show(texts, labels, probabilities, packages):
 
 def main(argv=None):
     options = common.parse_options(
-        __doc__, "simple_transformer", 600, 60, argv, text="sentences to sort, after the training"
+        __doc__, "simple_transformer", 500, 60, argv, text="sentences to sort, after the training"
     )
     packages = ("networkx", "numpy") if options.quick else PACKAGES
     d_model, layers, held_out = (64, 1, 100) if options.quick else (128, 3, HELD_OUT)

@@ -12,7 +12,7 @@ import re
 
 import common
 import sacrebleu
-from common import console, pad
+from common import END, console, pad
 from rich.markup import escape
 from rich.table import Table
 from seq2seq import Seq2Seq, loss_of, search, search_all
@@ -58,7 +58,7 @@ def split(pairs, held_out, seed):
 
 def translate(model, tokenizer, texts, options, beams):
     with common.autocast(options):
-        found = search_all(model, [tokenizer.encode(text).ids for text in texts], beams=beams)
+        found = search_all(model, [tokenizer.encode(text).ids or [END] for text in texts], beams=beams)
     return [tokenizer.decode(ids).strip() for ids in found]
 
 
@@ -78,7 +78,7 @@ def show(held_out, greedy, beam):
 
 def main(argv=None):
     options = common.parse_options(
-        __doc__, "translation", 1500, 60, argv, text="phrases to translate, after the training"
+        __doc__, "translation", 1200, 60, argv, text="phrases to translate, after the training"
     )
     d_model, layers, held_out_size = (64, 1, 40) if options.quick else (192, 3, HELD_OUT)
     held_out, pairs = split(read_catalogue(), held_out_size, options.seed)

@@ -169,6 +169,8 @@ def test_positions_are_sinusoids_and_the_embedding_is_scaled_by_the_width():
     expected[..., 0::2], expected[..., 1::2] = angle.sin(), angle.cos()
     assert_close(embed(ids), expected + 4 * embed.embedding.weight[ids])  # 4 = sqrt(16)
     assert_close(embed(ids[:, 2:], start=2), embed(ids)[:, 2:])
+    with pytest.raises(ValueError, match="x: expected at most 512 positions, got 513"):
+        embed(ids, start=510)
     assert (embed.position.train().dropout.p, simple_transformer.PositionalEncoding(16, 0.3).dropout.p) == (0.0, 0.3)
 
 
@@ -265,6 +267,12 @@ def test_one_beam_takes_the_likeliest_token_each_time(modules):
     assert seq2seq.search(model, source, max_length=8) == expected
     assert seq2seq.search_all(model, [[3, 4, 5], [5, 3]], max_length=8) == expected
     assert seq2seq.search_all(model, []) == []
+
+
+def test_an_empty_phrase_is_translated_too():
+    tokenizer = common.train_tokenizer(["some text"], 300)
+    (output,) = translation.translate(tiny(vocabulary=tokenizer.get_vocab_size()), tokenizer, [""], options(), beams=2)
+    assert isinstance(output, str)
 
 
 def test_the_answer_is_the_likeliest_span_that_is_one():
