@@ -4,7 +4,7 @@
 that say it: an encoder with a head for the first and one for the last token of the answer.
 
 The text: docstrings of six installed packages (see docstrings.py) in numpydoc's form, whose parts tell questions and
-answers. Nothing is downloaded. A run takes about TIME minutes on two cores.
+answers. Nothing is downloaded. A step takes 0.24 s on one core, 1200 are taken.
 """
 
 import random
@@ -120,7 +120,7 @@ def show(questions, answers, seen):
 
 
 def main(argv=None):
-    options = common.parse_options(__doc__, "question_answering", 600, 60, argv)
+    options = common.parse_options(__doc__, "question_answering", 1200, 60, argv)
     packages = ("networkx", "numpy") if options.quick else tuple(p for p in PACKAGES if p != "stdlib")
     d_model, layers, held_out_size = (64, 1, 20) if options.quick else (128, 3, HELD_OUT)
     functions = list(read_questions(packages))

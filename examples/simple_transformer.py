@@ -3,7 +3,8 @@
 A small Transformer encoder learns to tell, from the prose of a docstring, which of seven packages it documents.
 
 The text: docstrings of the standard library and of six packages that are installed (see docstrings.py); the packages'
-own names are struck out. Nothing is downloaded. A run takes about TIME minutes on two cores.
+own names are struck out. Nothing is downloaded. A step takes 0.2 s on one core, 800
+are taken.
 """
 
 import math
@@ -121,7 +122,7 @@ def show(texts, labels, probabilities, packages):
 
 def main(argv=None):
     options = common.parse_options(
-        __doc__, "simple_transformer", 500, 60, argv, text="sentences to sort, after the training"
+        __doc__, "simple_transformer", 800, 60, argv, text="sentences to sort, after the training"
     )
     packages = ("networkx", "numpy") if options.quick else PACKAGES
     d_model, layers, held_out = (64, 1, 100) if options.quick else (128, 3, HELD_OUT)

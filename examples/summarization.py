@@ -2,7 +2,7 @@
 
 The text: docstrings of the standard library and of six installed packages (see docstrings.py). Their first sentence is
 a summary that a person wrote; the model sees the name of the function or class and what follows the summary. Nothing is
-downloaded. A run takes about TIME minutes on two cores.
+downloaded. A step takes 0.32 s on one core, 1200 are taken.
 """
 
 import random
@@ -49,7 +49,7 @@ def show(held_out, greedy, beam):
 
 
 def main(argv=None):
-    options = common.parse_options(__doc__, "summarization", 600, 40, argv)
+    options = common.parse_options(__doc__, "summarization", 1200, 40, argv)
     packages = ("networkx", "numpy") if options.quick else PACKAGES
     d_model, layers, held_out_size = (64, 1, 40) if options.quick else (192, 2, HELD_OUT)
     documents = read_documents(packages)
