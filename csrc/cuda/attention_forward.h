@@ -43,6 +43,7 @@ struct AttentionForward {
   const int b, h, kv_head, split;
   const int i0, row0;      // first query of the block, of the warp
   int key_begin, key_end;  // what some query of the block sees
+  int all_begin, all_end;  // what every query of the warp sees
   const Scores<T, kPlain> scores;
   const QueryTile q;
   const KeyTile k, v;
@@ -81,6 +82,9 @@ struct AttentionForward {
       key_begin = larger(key_begin, split * static_cast<int>(call.split_keys));
       key_end = smaller(key_end, (split + 1) * static_cast<int>(call.split_keys));
     }
+    const int row1 = row0 + Shape::kWarpRows;
+    all_begin = larger(key_begin, scores.range.begin(row1 - 1));
+    all_end = row1 <= seq.Sq ? smaller(key_end, scores.range.end(row0)) : 0;
   }
 
   TFORMER_DEVICE void load_keys(const Rows& rows, const KeyTile& tile, int key0, int64_t width) const {
@@ -127,10 +131,10 @@ struct AttentionForward {
   }
 
   TFORMER_DEVICE void finish_scores(R (&s)[kLaneRows][kKeys / 4], int key0) const {
-    const bool all_visible = scores.all_visible(row0, row0 + Shape::kWarpRows, key0, key0 + kKeys);
-    if (kPlain && all_visible && key0 >= key_begin && key0 + kKeys <= key_end) return;
+    if (kPlain && key0 >= all_begin && key0 + kKeys <= all_end) return;
     const int lane_key0 = key0 + P::first_column();
-    const auto range = scores.range.from_key(lane_key0);
+    // made anew, since most tiles do without: registers are short
+    const auto range = KeyRangeOf<int>(p, sequence_of(p, b)).from_key(lane_key0);
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       const int i = row0 + P::row(r);
