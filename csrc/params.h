@@ -62,6 +62,7 @@ struct AttentionParams {
   Rows grad_o;  // (B, Hq, Sq, Dv)
   Rows grad_q, grad_k, grad_v;
   const void* grad_lse;         // like lse, contiguous strides lse_stride; or null
+  const double* delta;          // (B, Hq, Sq) through lse_stride: rowsum(do * o) - dlse; a CPU task makes its own
   void* grad_bias;              // accumulator in float (double for f64), null where no gradient is wanted
   int64_t grad_bias_stride[4];  // elements; 0 in a dimension that is summed over
 };
