@@ -49,7 +49,7 @@ ISA_FLAGS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX
 
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
 # FMA contraction, no errno and no traps are free speed. Never -ffast-math: NaN and infinity have a meaning.
-KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
 # gcc's own AVX-512 headers set these two off.
 QUIET_AVX512_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 # Only the stable ABI of torch 2.11 may be used, so one binary serves every later torch.
