@@ -127,6 +127,7 @@ struct AttentionForward {
       P::multiply_down(o, s, v);
     }
     copy_async_wait<0>();
+    sync_block();  // without a key, other warps' copies of the queries are still on their way to where o goes
     finish_rows(o, softmax);
   }
 
