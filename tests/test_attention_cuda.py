@@ -74,25 +74,6 @@ def test_dropout_mask_is_the_references(dtype, seed, emulated):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("where", ["query", "key", "value"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, emulated):
-    leaves = [torch.randn(1, 1, 100, 16).to(dtype) for _ in range(3)]
-    leaves[("query", "key", "value").index(where)][0, 0, 50, 3] = bad
-    leaves = [t.requires_grad_() for t in leaves]
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    for options in ({"causal": True}, {"causal": True, "mask": torch.rand(100, 100) > 0.5}):
-        out = F.attention(*leaves, **options)
-        golden = reference.attention(*doubles, **options)
-        hit = ~torch.isfinite(golden)
-        assert hit.any() and torch.equal(~torch.isfinite(out), hit)
-        grads = torch.autograd.grad(out.sum(), leaves)
-        expected = torch.autograd.grad(golden.sum(), doubles)
-        for name, g, e in zip(NAMES, grads, expected, strict=False):
-            assert torch.equal(~torch.isfinite(g), ~torch.isfinite(e)), name
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_cotangents_reach_what_their_row_saw(dtype, bad, emulated):
     leaves = [torch.randn(1, 1, 100, 16).to(dtype).requires_grad_() for _ in range(3)]
@@ -107,56 +88,6 @@ def test_non_finite_cotangents_reach_what_their_row_saw(dtype, bad, emulated):
         assert torch.equal(dq, (position == 50).unsqueeze(1).expand(100, 16))
         assert torch.equal(dk, seen.unsqueeze(1).expand(100, 16))
         assert torch.equal(dv, seen.unsqueeze(1) & (torch.arange(16) == 3))
-
-
-def test_dead_rows_are_zero_with_zero_gradients(emulated):
-    for dtype in DTYPES:
-        q, k, v = (torch.randn(1, 2, 70, 16, dtype=dtype, requires_grad=True) for _ in range(3))
-        mask = torch.ones(70, 70, dtype=torch.bool)
-        mask[10:20] = False
-        mask[:, 64:] = False
-        bias = torch.zeros(70, 70, dtype=dtype)
-        bias[30] = -torch.inf
-        out, lse = F.attention(q, k, v, mask=mask, bias=bias, return_lse=True)
-        dead = [*range(10, 20), 30]
-        assert out[:, :, dead].eq(0).all() and lse[:, :, dead].eq(-torch.inf).all()
-        assert torch.isfinite(lse[:, :, [0, 21, 69]]).all()
-        grads = torch.autograd.grad(out.sum(), (q, k, v))
-        assert all(torch.isfinite(g).all() for g in grads)
-        assert grads[0][:, :, dead].eq(0).all()
-        assert grads[1][:, :, 64:].eq(0).all() and grads[2][:, :, 64:].eq(0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_hidden_garbage_reaches_nothing(dtype, emulated):
-    """What padding holds does not matter, not even NaN."""
-    q, k, v = (torch.randn(2, 2, 130, 32, dtype=dtype, requires_grad=True) for _ in range(3))
-    lengths = torch.tensor([130, 77])
-    clean = F.attention(q, k, v, key_lengths=lengths)
-    clean_grads = torch.autograd.grad(clean.sum(), (q, k, v))
-    dirty_k, dirty_v = k.detach().clone(), v.detach().clone()
-    dirty_k[1, :, 77:], dirty_v[1, :, 77:] = float("nan"), float("inf")
-    dirty_k.requires_grad_(), dirty_v.requires_grad_()
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 2e-3}
-    for keywords in ({"key_lengths": lengths}, {"mask": (torch.arange(130) < lengths[:, None])[:, None, None]}):
-        out = F.attention(q, dirty_k, dirty_v, **keywords)
-        torch.testing.assert_close(out, clean, **close)
-        for a, b in zip(torch.autograd.grad(out.sum(), (q, dirty_k, dirty_v)), clean_grads, strict=True):
-            torch.testing.assert_close(a, b, **close)
-
-
-@pytest.mark.parametrize("shape", [(0, 2, 2, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str)
-@pytest.mark.parametrize("sinks", [False, True])
-def test_empty(shape, sinks, emulated):
-    qkv, options = tensors(Case("", shape, sinks=sinks, bias=(1, 2, 1, 1)), torch.float32)
-    leaves, options = in_dtype(qkv, options, torch.float32, True)
-    out, lse = F.attention(*leaves, **options, return_lse=True)
-    B, H, _, Sq, Sk, _, Dv = shape
-    assert out.shape == (B, H, Sq, Dv)
-    if Sk == 0:
-        assert torch.equal(out, torch.zeros_like(out)) and torch.equal(lse, torch.full_like(lse, -torch.inf))
-    grads = torch.autograd.grad(out.sum() + torch.where(lse == -torch.inf, 0, lse).sum(), [*leaves, *options.values()])
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
 LENGTHS = [(5, 70, 0, 130, 1), (70, 9, 3, 130, 0)]  # of queries, of keys
@@ -231,13 +162,10 @@ def test_gradcheck(emulated):
     assert torch.autograd.gradcheck(run, (q, k, v, bias, sinks))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_most_negative_bias_still_takes_part(dtype, emulated):
-    """Masks written as the most negative number leave a fully masked row uniform, as the formula says."""
-    q, k, v = (torch.randn(1, 1, 9, 8, dtype=dtype) for _ in range(3))
-    bias = torch.zeros(9, 9, dtype=dtype)
-    bias[3] = torch.finfo(dtype).min
-    out, lse = F.attention(q, k, v, bias=bias, return_lse=True)
-    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(out[0, 0, 3], v[0, 0].mean(0), **close)
-    assert torch.isfinite(lse).all()
+def test_tiles_without_a_key(emulated):
+    """Queries are still being copied when such a tile has nothing left to do; rare orders of threads show it."""
+    q, k, v = (torch.randn(9, heads, 33, 24, dtype=torch.float64) for heads in (6, 3, 3))
+    for seed in range(6):
+        emulated.set_seed(seed)
+        out, lse = F.attention(q, k, v, key_lengths=torch.zeros(9, dtype=torch.int32), return_lse=True)
+        assert out.eq(0).all() and lse.eq(-torch.inf).all()
