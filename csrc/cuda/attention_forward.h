@@ -121,7 +121,9 @@ struct AttentionForward {
       sync_block();  // values are there, the keys are done with
       if (key0 + kKeys < key_end) load_keys(p.k, k, key0 + kKeys, p.D);
       copy_async_commit();
-      finish_scores(s, key0);
+      if (!kPlain || key0 < all_begin || key0 + kKeys > all_end) {
+        finish_scores<P>(scores, s, b, row0, key0, key_begin, key_end);
+      }
       softmax.update(scores, s, o);
       drop(s, key0);
       P::multiply_down(o, s, v);
@@ -129,30 +131,6 @@ struct AttentionForward {
     copy_async_wait<0>();
     sync_block();  // without a key, other warps' copies of the queries are still on their way to where o goes
     finish_rows(o, softmax);
-  }
-
-  TFORMER_DEVICE void finish_scores(R (&s)[kLaneRows][kKeys / 4], int key0) const {
-    if (kPlain && key0 >= all_begin && key0 + kKeys <= all_end) return;
-    const int lane_key0 = key0 + P::first_column();
-    // made anew, since most tiles do without: registers are short
-    const auto range = KeyRangeOf<int>(p, sequence_of(p, b)).from_key(lane_key0);
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      const int i = row0 + P::row(r);
-      const int begin = larger(range.begin(i), key_begin - lane_key0);
-      const int end = i < seq.Sq ? smaller(range.end(i), key_end - lane_key0) : 0;
-#pragma unroll
-      for (int c = 0; c < kKeys / 4; ++c) {
-        const int j = P::column_offset(c);
-        const bool in_range = j >= begin && j < end;
-        R cap;
-        if (kPlain || !in_range) {
-          s[r][c] = in_range ? s[r][c] : -kInfinity<R>;
-        } else {
-          s[r][c] = scores.score(s[r][c], i, lane_key0 + j, cap);
-        }
-      }
-    }
   }
 
   TFORMER_DEVICE void drop(R (&w)[kLaneRows][kKeys / 4], int key0) const {
@@ -170,25 +148,10 @@ struct AttentionForward {
 
   // o / l and the log-sum-exp; a row without a visible key is 0 and -inf.
   TFORMER_DEVICE void finish_rows(R (&o)[kLaneRows][kWidth / 4], OnlineSoftmax<T, kLaneRows, kPlain>& softmax) const {
-    softmax.finish(scores);
     const R kept = !kPlain && p.dropout_p > 0 ? static_cast<R>(dropout_scale(p.dropout_p)) : R(1);
-    unsigned suspects = 0;  // rows, a bit each
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      const int i = row0 + P::row(r);
-      R rescale = 1;
-      if (p.sinks && !call.split_o && !softmax.dead(r)) rescale = softmax.add_sink(r, sink_of<R>(p, h));
-      const R by = softmax.dead(r) ? R(0) : kept * rescale / softmax.l[r];
-      bool row_is_finite = true;
-#pragma unroll
-      for (int d = 0; d < kWidth / 4; ++d) {
-        o[r][d] *= by;
-        row_is_finite = row_is_finite && is_finite(o[r][d]);
-      }
-      if (i < seq.Sq && lane() % 4 == 0) lse_at(i) = softmax.lse(r);
-      const unsigned quads = ballot(!row_is_finite && i < seq.Sq);
-      for (int g = 0; g < 8; ++g) suspects |= (quads >> 4 * g & 15 ? 1u : 0u) << (8 * r + g);
-    }
+    const bool has_sink = p.sinks && !call.split_o;
+    const unsigned suspects = softmax.template finish_rows<P>(
+        scores, o, row0, has_sink, has_sink ? sink_of<R>(p, h) : R(0), kept, [&](int i) -> R& { return lse_at(i); });
     store(o);
     for (int n = 0; n < Shape::kWarpRows; ++n) {
       if (suspects >> n & 1) redo_row(row0 + n);

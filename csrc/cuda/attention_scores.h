@@ -134,6 +134,34 @@ TFORMER_DEVICE R sink_of(const AttentionParams& p, int64_t h) {
   return read_element<R>(p.sinks, p.sinks_dtype, h);
 }
 
+// Scores of rows row0 and after become final: -inf where query and key do not meet, by position or by an operand. Keys
+// from key0 on; only those of [key_begin, key_end) count. P: how products spread rows and columns over lanes.
+template <class P, class T, bool kPlain, int kLaneRows, int kC>
+TFORMER_DEVICE void finish_scores(const Scores<T, kPlain>& scores, Real<T> (&s)[kLaneRows][kC], int b, int row0,
+                                  int key0, int key_begin, int key_end) {
+  using R = Real<T>;
+  const int lane_key0 = key0 + P::first_column();
+  // made anew, since most tiles do without: registers are short
+  const auto range = KeyRangeOf<int>(scores.p, sequence_of(scores.p, b)).from_key(lane_key0);
+#pragma unroll
+  for (int r = 0; r < kLaneRows; ++r) {
+    const int i = row0 + P::row(r);
+    const int begin = larger(range.begin(i), key_begin - lane_key0);
+    const int end = i < scores.Sq ? smaller(range.end(i), key_end - lane_key0) : 0;
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      const int j = P::column_offset(c);
+      const bool in_range = j >= begin && j < end;
+      R cap;
+      if (kPlain || !in_range) {
+        s[r][c] = in_range ? s[r][c] : -kInfinity<R>;
+      } else {
+        s[r][c] = scores.score(s[r][c], i, lane_key0 + j, cap);
+      }
+    }
+  }
+}
+
 // Softmax of rows as they grow: weight = e^(x - m), l = sum of the weights (Milakov & Gimelshein 2018). m is a score,
 // after finish natural; l is this lane's part until then.
 template <class T, int kLaneRows, bool kPlain>
@@ -150,6 +178,12 @@ struct OnlineSoftmax {
   template <int kC, int kO>
   TFORMER_DEVICE void update(const Scores<T, kPlain>& scores, R (&s)[kLaneRows][kC], R (&o)[kLaneRows][kO]) {
     R rescale[kLaneRows];
+    if (any(weigh(scores, s, rescale))) multiply_rows_by(o, rescale);
+  }
+
+  // Scores become weights; what was summed before is then to be multiplied by `rescale`. Returns whether that is not 1.
+  template <int kC>
+  TFORMER_DEVICE bool weigh(const Scores<T, kPlain>& scores, R (&s)[kLaneRows][kC], R (&rescale)[kLaneRows]) {
     bool grown = false;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
@@ -170,12 +204,7 @@ struct OnlineSoftmax {
       }
       l[r] = l[r] * rescale[r] + sum;
     }
-    if (!any(grown)) return;
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-#pragma unroll
-      for (int d = 0; d < kO; ++d) o[r][d] *= rescale[r];
-    }
+    return grown;
   }
 
   TFORMER_DEVICE void finish(const Scores<T, kPlain>& scores) {
@@ -193,6 +222,33 @@ struct OnlineSoftmax {
     l[r] = l[r] * rescale + (x == -kInfinity<R> ? R(0) : Exponent<T>::power((x - m_new) * Exponent<T>::kUnit));
     m[r] = m_new;
     return rescale;
+  }
+
+  // Sums o become results o / l, with the weight of `sink` in l where there is one; `kept` is the factor of dropout.
+  // lse(i) is where the log-sum-exp of row i goes. A row without a visible key is 0 and -inf. Returns the rows from
+  // row0 on in which some value is not finite, a bit each.
+  template <class P, int kO, class Lse>
+  TFORMER_DEVICE unsigned finish_rows(const Scores<T, kPlain>& scores, R (&o)[kLaneRows][kO], int row0, bool has_sink,
+                                      R sink, R kept, Lse&& lse_at) {
+    finish(scores);
+    unsigned suspects = 0;
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      const int i = row0 + P::row(r);
+      R rescale = 1;
+      if (has_sink && !dead(r)) rescale = add_sink(r, sink);
+      const R by = dead(r) ? R(0) : kept * rescale / l[r];
+      bool row_is_finite = true;
+#pragma unroll
+      for (int d = 0; d < kO; ++d) {
+        o[r][d] *= by;
+        row_is_finite = row_is_finite && is_finite(o[r][d]);
+      }
+      if (i < scores.Sq && lane() % 4 == 0) lse_at(i) = lse(r);
+      const unsigned quads = ballot(!row_is_finite && i < scores.Sq);
+      for (int g = 0; g < 8; ++g) suspects |= (quads >> 4 * g & 15 ? 1u : 0u) << (8 * r + g);
+    }
+    return suspects;
   }
 
   TFORMER_DEVICE bool dead(int r) const { return l[r] == 0; }

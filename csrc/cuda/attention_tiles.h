@@ -49,6 +49,29 @@ struct alignas(16) Chunk {
   T x[kSize];
 };
 
+// Rows [first, first + count) of a tile in shared memory, which this warp has written, to global memory.
+template <class Tile, class T>
+TFORMER_DEVICE void store_rows(const Tile& tile, int first, int count, T* to, int64_t stride, int rows, int width,
+                               bool aligned) {
+  constexpr int kChunk = Chunk<T>::kSize;
+  sync_warp();
+  for (int n = lane(); n < count * Tile::kChunks; n += kWarp) {
+    const int row = n / Tile::kChunks, c = n % Tile::kChunks, column = c * kChunk;
+    if (row >= rows || column >= width) continue;
+    T* target = to + row * stride + column;
+    const Chunk<T> from = *reinterpret_cast<const Chunk<T>*>(tile.at(first + row, c));
+    if (aligned && column + kChunk <= width) {
+      *reinterpret_cast<Chunk<T>*>(target) = from;
+    } else {
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        if (column + e < width) target[e] = from.x[e];
+      }
+    }
+  }
+  sync_warp();
+}
+
 // kRows rows of kWidth elements. Chunks of a row are permuted by the row's number, so that what a warp reads at a time
 // lies in different banks: eight rows on tensor cores; on CUDA cores the rows 4 t of 16, too.
 template <class T, int kRows_, int kWidth_>
@@ -89,24 +112,8 @@ struct SharedTile {
     }
   }
 
-  // Rows [first, first + count) of the tile, which this warp has written, to global memory.
   TFORMER_DEVICE void store(int first, int count, T* to, int64_t stride, int rows, int width, bool aligned) const {
-    sync_warp();
-    for (int n = lane(); n < count * kChunks; n += kWarp) {
-      const int row = n / kChunks, c = n % kChunks, column = c * kChunk;
-      if (row >= rows || column >= width) continue;
-      T* target = to + row * stride + column;
-      const Chunk<T> from = chunk(first + row, c);
-      if (aligned && column + kChunk <= width) {
-        *reinterpret_cast<Chunk<T>*>(target) = from;
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) {
-          if (column + e < width) target[e] = from.x[e];
-        }
-      }
-    }
-    sync_warp();
+    store_rows(*this, first, count, to, stride, rows, width, aligned);
   }
 
  private:
@@ -321,6 +328,15 @@ TFORMER_DEVICE void clear(R (&x)[kRows][kColumns]) {
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) x[r][c] = 0;
+  }
+}
+
+template <class R, int kRows, int kColumns>
+TFORMER_DEVICE void multiply_rows_by(R (&x)[kRows][kColumns], const R (&by)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) x[r][c] *= by[r];
   }
 }
 
