@@ -49,10 +49,10 @@ def emulation_library():
 @pytest.fixture
 def emulation(emulation_library):
     """As emulation_library, with the same device and order of threads for every test."""
-    from emulation.library import MOST_SHARED_BYTES
+    from emulation.library import AMPERE
 
     emulation_library.set_seed(0)
-    emulation_library.set_shared_bytes(MOST_SHARED_BYTES)
+    emulation_library.set_device(AMPERE)
     return emulation_library
 
 

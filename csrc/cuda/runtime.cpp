@@ -3,7 +3,9 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 
 // In libtorch_cuda, which a torch for the CPU lacks: null there, where no CUDA tensor can get here.
@@ -52,6 +54,16 @@ OnDevice::OnDevice(const Tensor& t) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   stream_ = {stream, index};
+}
+
+bool hopper_is_wanted() {
+  static const bool wanted = [] {
+    const char* setting = std::getenv("TFORMER_EXT_SM90");
+    const std::string value = setting ? setting : "";
+    check(value.empty() || value == "0" || value == "1", "TFORMER_EXT_SM90: expected 0 or 1, got '", value, "'");
+    return value == "1";
+  }();
+  return wanted;
 }
 
 void check_launch(Status status, const char* kernel) {

@@ -17,16 +17,16 @@ LIBRARY = ROOT / "build" / "emulation" / f"{sys.implementation.cache_tag}-torch{
 FLAGS = [
     "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA", "-DTFORMER_HOPPER",
     "-DTFORMER_NAMESPACE=tformer_emulated", "-DTFORMER_CUDA_KEY=CPU",
     f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}",
 ]  # fmt: skip
 
 
 def sources() -> list[Path]:
-    """Every file of csrc/cuda but the one that talks to the CUDA runtime, the schemas, and the emulation itself."""
+    """Every file of csrc/cuda but those that talk to the CUDA runtime, the schemas, and the emulation itself."""
     cuda = [file for suffix in ("*.cu", "*.cpp") for file in (ROOT / "csrc/cuda").rglob(suffix)]
-    cuda = [file for file in cuda if file.name != "runtime.cpp"]
+    cuda = [file for file in cuda if file.name not in ("runtime.cpp", "tensor_map.cpp")]
     return [*sorted(cuda), ROOT / "csrc/schema.cpp", *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
 
 
@@ -73,19 +73,24 @@ def build() -> Path:
 
 
 def build_for_gpu() -> Path:
-    """The kernels of wrapper_kernels.cu as machine code of the present GPU. FileNotFoundError: without nvcc."""
+    """wrapper_kernels.cu as machine code of the present GPU, on sm_90 hopper_kernels.cu too. FileNotFoundError: without
+    nvcc."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     nvcc = Path(home, "bin", "nvcc")
     if not nvcc.is_file():
         raise FileNotFoundError(f"needs nvcc, {nvcc} is not there: set CUDA_HOME")
     major, minor = torch.cuda.get_device_capability()
-    library = LIBRARY.with_name(f"wrappers-sm_{major}{minor}.so")
+    hopper = (major, minor) == (9, 0)
+    arch = "90a" if hopper else f"{major}{minor}"
+    library = LIBRARY.with_name(f"wrappers-sm_{arch}.so")
     library.parent.mkdir(parents=True, exist_ok=True)
-    flags = ["-shared", "-O2", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}"]
-    command = [nvcc, *flags, f"-I{ROOT / 'csrc/cuda'}", HERE / "wrapper_kernels.cu", "-o", library]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    flags = ["-shared", "-O2", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{ROOT / 'csrc/cuda'}"]
+    files = [HERE / "wrapper_kernels.cu"]
+    files += [HERE / "hopper_kernels.cu", ROOT / "csrc/cuda/tensor_map.cpp"] if hopper else []
+    result = subprocess.run(list(map(str, [nvcc, *flags, *files, "-o", library])), capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"wrapper_kernels.cu does not compile:\n{result.stderr[-4000:]}")
+        raise RuntimeError(f"the wrappers' kernels do not compile:\n{result.stderr[-4000:]}")
     return library
 
 

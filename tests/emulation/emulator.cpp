@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "asynchronous.h"
 #include "fibre.h"
 #include "guarded_memory.h"
 
@@ -20,10 +21,6 @@ namespace {
 
 constexpr int kBarriers = 16;
 constexpr uint32_t kAll = ~0u;
-
-struct Failure {
-  std::string message;
-};
 
 struct Copy {
   void* shared;
@@ -48,7 +45,7 @@ struct Warp {
 };
 
 struct Barrier {
-  int expected = 0;
+  int expected = 0, arrived = 0;
   Site site{};
   std::vector<int> waiting;  // threads
 };
@@ -59,6 +56,7 @@ struct Block {
   int threads;
   char* shared;
   size_t shared_bytes;
+  uint32_t shared_address;
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
   std::string failure;
@@ -71,6 +69,7 @@ struct Block {
 
 std::mutex mutex;  // launches take turns
 std::string message;
+size_t most_shared_bytes = kMostSharedBytes;
 std::mt19937_64 random_order;
 std::vector<std::unique_ptr<Thread>> pool;
 Block* block = nullptr;
@@ -136,8 +135,17 @@ void run_block() {
       if (block->warps[static_cast<size_t>(w)].ready) able.push_back(w);
       finished = finished && block->warps[static_cast<size_t>(w)].ended == kAll;
     }
+    if (finished) {
+      block->failure = end_asynchronous();
+      return;
+    }
+    // what goes on in the background may happen at any time, and must where nothing else can
+    if (asynchronous_work() && (able.empty() || random_order() % 4 == 0)) {
+      block->failure = asynchronous_step();
+      continue;
+    }
     if (able.empty()) {
-      if (!finished) block->failure = stuck_threads();
+      block->failure = stuck_threads();
       return;
     }
     if (!stays || std::find(able.begin(), able.end(), warp) == able.end()) warp = able[random_order() % able.size()];
@@ -158,6 +166,8 @@ void run_block() {
 // watched.
 class SharedMemory {
  public:
+  static constexpr size_t kAlign = 128;
+
   explicit SharedMemory(size_t bytes)
       : bytes_(bytes),
         rounded_((bytes + kAlign - 1) / kAlign * kAlign),
@@ -170,7 +180,6 @@ class SharedMemory {
   }
 
  private:
-  static constexpr size_t kAlign = 128;
   size_t bytes_, rounded_;
   GuardedMemory memory_;
 };
@@ -183,7 +192,8 @@ std::string run_blocks(Body body, const void* params, Grid grid, int threads, si
   std::shuffle(order.begin(), order.end(), random_order);
   running.blocks[0] = grid.x, running.blocks[1] = grid.y, running.blocks[2] = grid.z;
   for (const int64_t index : order) {
-    Block now{body, params, threads, shared.begin(), shared_bytes, {}, {}, {}};
+    const auto address = static_cast<uint32_t>(1024 + SharedMemory::kAlign * (random_order() % 8));
+    Block now{body, params, threads, shared.begin(), shared_bytes, address, {}, {}, {}};
     now.warps.resize(static_cast<size_t>(threads / kWarp));
     shared.poison();
     for (int n = 0; n < threads; ++n) {
@@ -194,6 +204,7 @@ std::string run_blocks(Body body, const void* params, Grid grid, int threads, si
     running.block[1] = index / grid.x % grid.y;
     running.block[2] = index / grid.x / grid.y;
     block = &now;
+    begin_asynchronous(threads);
     run_block();
     block = nullptr;
     if (!now.failure.empty()) {
@@ -214,12 +225,17 @@ Status run(Body body, const void* params, Grid grid, int threads, size_t shared_
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return kSuccess;
   if (grid.x < 0 || grid.y < 0 || grid.z < 0 || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
     message = "the grid is larger than a GPU allows";
-  } else if (shared_bytes > kMostSharedBytes) {
-    message = "more shared memory than a block may have on sm_80";
+  } else if (shared_bytes > most_shared_bytes) {
+    message = "more shared memory than a block may have on this device";
   } else {
     message = run_blocks(body, params, grid, threads, shared_bytes);
   }
   return message.empty() ? kSuccess : kFailed;
+}
+
+void set_most_shared_bytes(size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  most_shared_bytes = bytes;
 }
 
 void set_seed(uint64_t seed) {
@@ -228,6 +244,12 @@ void set_seed(uint64_t seed) {
 }
 
 const char* last_error() { return message.c_str(); }
+
+Status refuse(const char* why) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  message = why;
+  return kFailed;
+}
 
 void fail(const Site& site, const char* what) {
   throw Failure{"thread " + std::to_string(running.thread) + " at " + text_of(site) + ": " + what};
@@ -255,11 +277,14 @@ void meet_warp(const Site& site, void* operand, Act act) {
   wait();  // who came last shall not always go on first
 }
 
-void meet_block(const Site& site, int id, int count) {
+namespace {
+
+// Whether all have come with this thread.
+bool comes_to(const Site& site, int id, int count) {
   Barrier& barrier = block->barriers[id];
   current().site = site;
   const int expected = id == 0 ? block->threads : count;
-  if (!barrier.waiting.empty()) {
+  if (barrier.arrived) {
     if (barrier.expected != expected) fail(site, "threads meet at one barrier with different counts");
     if (id == 0 && !same(barrier.site, site)) {
       const std::string what = "the threads of the block diverge, others are at " + text_of(barrier.site);
@@ -267,13 +292,39 @@ void meet_block(const Site& site, int id, int count) {
     }
   }
   barrier.expected = expected, barrier.site = site;
-  barrier.waiting.push_back(running.thread);
-  if (static_cast<int>(barrier.waiting.size()) == expected) {
-    for (int n : barrier.waiting) block->warps[static_cast<size_t>(n / kWarp)].ready |= 1u << n % kWarp;
-    barrier.waiting.clear();
-  }
+  if (++barrier.arrived < expected) return false;
+  barrier.arrived = 0;
+  wake(barrier.waiting);
+  return true;
+}
+
+}  // namespace
+
+void meet_block(const Site& site, int id, int count) {
+  block->barriers[id].waiting.push_back(running.thread);
+  comes_to(site, id, count);
   wait();
 }
+
+void arrive_at_block(const Site& site, int id, int count) { comes_to(site, id, count); }
+
+void sleep(const Site& site, Sleepers& sleepers) {
+  current().site = site;
+  sleepers.push_back(running.thread);
+  wait();
+}
+
+void wake(Sleepers& sleepers) {
+  for (int n : sleepers) block->warps[static_cast<size_t>(n / kWarp)].ready |= 1u << n % kWarp;
+  sleepers.clear();
+}
+
+uint64_t draw() { return random_order(); }
+
+uint32_t shared_address(const void* shared) {
+  return block->shared_address + static_cast<uint32_t>(static_cast<const char*>(shared) - block->shared);
+}
+char* shared_at(uint32_t address) { return block->shared + (static_cast<int64_t>(address) - block->shared_address); }
 
 void check_aligned(const Site& site, const void* address, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment) fail(site, "its address is not aligned");

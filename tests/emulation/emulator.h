@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace tformer::gpu::emulation {
 
@@ -30,22 +31,40 @@ struct Running {
 extern Running running;
 
 constexpr Status kFailed = -1;
-constexpr size_t kMostSharedBytes = size_t{163} << 10;  // of a block on sm_80
+constexpr size_t kMostSharedBytes = size_t{163} << 10;          // of a block on sm_80
+constexpr size_t kMostSharedBytesOfHopper = size_t{227} << 10;  // on sm_90
 
 // body(params, shared) for every thread of every block.
 using Body = void (*)(const void* params, char* shared);
 Status run(Body body, const void* params, Grid grid, int threads, size_t shared_bytes);
 
+// What the next launches may have of shared memory.
+void set_most_shared_bytes(size_t bytes);
 // The order of the next launches.
 void set_seed(uint64_t seed);
 // Why the last launch of this process failed.
 const char* last_error();
+// kFailed, for that reason, before a launch.
+Status refuse(const char* why);
 
 // The lanes of the running thread's warp meet; operands[n] is lane n's. Returns when `act` has run.
 using Act = void (*)(void* const (&operands)[kWarp]);
 void meet_warp(const Site& site, void* operand, Act act);
 // `count` threads meet at barrier `id`; 0 is that of the whole block.
 void meet_block(const Site& site, int id, int count);
+// The running thread counts among those that meet, and does not wait for them.
+void arrive_at_block(const Site& site, int id, int count);
+
+// Waiting for something else: the running thread sleeps until somebody wakes it, and then looks again.
+using Sleepers = std::vector<int>;
+void sleep(const Site& site, Sleepers& sleepers);
+void wake(Sleepers& sleepers);
+
+// A number that belongs to the order of things, drawn from the seed.
+uint64_t draw();
+// Shared memory by its address on a GPU: 0 is not in it, and its beginning is a multiple of 128 only.
+uint32_t shared_address(const void* shared);
+char* shared_at(uint32_t address);
 
 // Background copies of the running thread.
 void copy_async(const Site& site, void* shared, const void* global, int bytes, int valid_bytes);

@@ -16,7 +16,21 @@ def call_wrapper(library, name, tensors, numbers) -> int:
     return status
 
 
-MOST_SHARED_BYTES = 163 << 10
+def call_hopper_wrapper(library, name, source, more, out, n, rows) -> int:
+    """The status of a kernel of hopper_kernels.cu; source and more are seen in boxes of rows[0] and rows[1] rows."""
+    described = []
+    for t, count in zip((source, more), rows, strict=True):
+        sizes = (*reversed(t.shape), *(1,) * (4 - t.dim()))
+        described += [ctypes.c_void_p(t.data_ptr()), (ctypes.c_int64 * 4)(*sizes), ctypes.c_int64(count)]
+    status = library.tformer_run_hopper_wrapper(
+        name.encode(), *described, ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(n), None
+    )
+    assert status != -2, f"no kernel {name}"
+    return status
+
+
+AMPERE, HOPPER = (8, 0), (9, 0)
+MOST_SHARED_BYTES = {AMPERE: 163 << 10, HOPPER: 227 << 10}
 
 
 class Emulation:
@@ -27,15 +41,26 @@ class Emulation:
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
         self._library.tformer_emulation_error.restype = ctypes.c_char_p
+        self._library.tformer_emulated_boxes.restype = ctypes.c_int64
         self._library.tformer_take_guarded.restype = ctypes.c_void_p
 
     def set_seed(self, seed: int) -> None:
         """The order in which blocks, warps and lanes run from now on."""
         self._library.tformer_set_emulation_seed(ctypes.c_uint64(seed))
 
+    def set_device(self, capability: tuple[int, int], hopper_kernels: bool = False) -> None:
+        """The emulated device's compute capability; whether TFORMER_EXT_SM90 asks for the kernels of sm_90a."""
+        major, minor = capability
+        self._library.tformer_set_emulated_device(major, minor, int(hopper_kernels))
+        self.set_shared_bytes(MOST_SHARED_BYTES[capability])
+
     def set_shared_bytes(self, count: int) -> None:
         """Shared memory that a block of the emulated device may have."""
         self._library.tformer_set_emulated_shared_bytes(ctypes.c_size_t(count))
+
+    def moved_boxes(self) -> int:
+        """Boxes that the emulated copy engine has moved: only kernels for sm_90a use it."""
+        return self._library.tformer_emulated_boxes()
 
     def guarded(self, t: torch.Tensor) -> torch.Tensor:
         """A copy that ends, within 16 bytes, at a page whose access ends the process: what reads past it is found."""
@@ -52,9 +77,17 @@ class Emulation:
         status = call_wrapper(self._library, name, (source, more, out), (n, blocks, shared_bytes))
         return self._library.tformer_emulation_error().decode() if status else None
 
+    def run_hopper_wrapper(self, name, source, more, out, n=0, rows=(64, 64)) -> str | None:
+        """Runs a kernel of hopper_kernels.cu; the error message, or None."""
+        status = call_hopper_wrapper(self._library, name, source, more, out, n, rows)
+        return self._library.tformer_emulation_error().decode() if status else None
+
 
 class Hardware:
-    """wrapper_kernels.cu compiled by nvcc for the present GPU. FileNotFoundError: there is no toolkit."""
+    """wrapper_kernels.cu, on sm_90 hopper_kernels.cu too, compiled by nvcc for the present GPU.
+
+    FileNotFoundError: there is no toolkit.
+    """
 
     def __init__(self):
         self._library = ctypes.CDLL(str(build.build_for_gpu()))
@@ -62,5 +95,11 @@ class Hardware:
     def run_wrapper(self, name, source, more, out, n=0, blocks=1, shared_bytes=0) -> str | None:
         """As Emulation.run_wrapper, on CUDA tensors."""
         status = call_wrapper(self._library, name, (source, more, out), (n, blocks, shared_bytes))
+        torch.cuda.synchronize()
+        return f"CUDA error {status}" if status else None
+
+    def run_hopper_wrapper(self, name, source, more, out, n=0, rows=(64, 64)) -> str | None:
+        """As Emulation.run_hopper_wrapper, on CUDA tensors."""
+        status = call_hopper_wrapper(self._library, name, source, more, out, n, rows)
         torch.cuda.synchronize()
         return f"CUDA error {status}" if status else None

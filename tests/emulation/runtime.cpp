@@ -1,6 +1,7 @@
 // csrc/cuda/runtime.cpp on the host, and memory of results that shows what a kernel leaves out or overruns.
 #include "../../csrc/cuda/runtime.h"
 
+#include "asynchronous.h"
 #include "emulator.h"
 #include "guarded_memory.h"
 
@@ -8,10 +9,13 @@ namespace tformer {
 namespace gpu {
 
 static Device emulated_device{8, 0, 3, emulation::kMostSharedBytes};
+static bool hopper_kernels = false;
 
 OnDevice::OnDevice(const Tensor& t) : device_(&emulated_device), stream_{nullptr, 0} {
   check(t.is_cpu(), "the emulation runs on CPU tensors");
 }
+
+bool hopper_is_wanted() { return hopper_kernels; }
 
 void check_launch(Status status, const char* kernel) {
   check(status == kSuccess, kernel, ": ", emulation::last_error());
@@ -69,6 +73,15 @@ __attribute__((visibility("default"))) void tformer_give_back_guarded(void* data
 }
 __attribute__((visibility("default"))) void tformer_set_emulated_shared_bytes(size_t bytes) {
   tformer::gpu::emulated_device.shared_bytes = bytes;
+}
+__attribute__((visibility("default"))) void tformer_set_emulated_device(int major, int minor, int hopper_kernels) {
+  tformer::gpu::emulated_device.major = major, tformer::gpu::emulated_device.minor = minor;
+  tformer::gpu::hopper_kernels = hopper_kernels != 0;
+  tformer::gpu::emulation::set_most_shared_bytes(major >= 9 ? tformer::gpu::emulation::kMostSharedBytesOfHopper
+                                                            : tformer::gpu::emulation::kMostSharedBytes);
+}
+__attribute__((visibility("default"))) int64_t tformer_emulated_boxes() {
+  return tformer::gpu::emulation::moved_boxes();
 }
 
 }  // extern "C"

@@ -1,0 +1,392 @@
+#include "asynchronous.h"
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <memory>
+#include <unordered_map>
+
+namespace tformer::gpu::emulation {
+namespace {
+
+constexpr int kRegisters = 65536;                      // of a multiprocessor
+constexpr int kColumns = kBoxColumns;                  // of a box
+constexpr uint64_t kBarrierMark = 0x6d62617272696572;  // what a barrier's bytes hold
+constexpr int64_t kMostBytes = (1 << 20) - 1;          // that a barrier counts
+
+// ---- Barriers. ----
+
+struct Phases {
+  int arrivals, missing;
+  int64_t bytes;
+  int phase;
+  Sleepers sleepers;
+};
+
+// ---- Copies. ----
+
+struct Box {
+  char* shared;
+  MapFields map;
+  int at[4];
+  void* barrier;
+};
+
+// ---- Products. ----
+
+// The accumulator of one product shape: 16 rows of a warp, in the registers of its lanes.
+struct Accumulator {
+  int n;
+  float* lanes[kWarp][2];
+  std::vector<float> values;  // (16, n)
+  int running = 0;            // products that add to it
+};
+
+struct Product {
+  Site site;
+  std::shared_ptr<Accumulator> d;
+  ProductLane lanes[kWarp];
+  int warp;
+  std::vector<uint16_t> a, b;  // (16, 16), (16, n) as they were when it began
+};
+
+struct WarpProducts {
+  std::deque<std::vector<Product>> groups;  // oldest first; the last one is open
+  std::map<float*, std::shared_ptr<Accumulator>> accumulators;
+  bool fenced = false;
+  uint64_t history = 0;  // of what the whole warpgroup has to do alike
+  int registers = 0, wanted = 0;
+};
+
+std::unordered_map<void*, Phases> barriers;
+std::vector<Box> boxes;
+std::vector<WarpProducts> warps;
+int free_registers;
+int64_t moved = 0;
+Sleepers for_registers;
+
+WarpProducts& own() { return warps[static_cast<size_t>(running.thread / kWarp)]; }
+
+void remember(uint64_t what) {
+  uint64_t& history = own().history;
+  history = (history ^ what) * 0x9e3779b97f4a7c15 + (history >> 29);
+}
+
+Phases& phases_of(const Site& site, void* barrier) {
+  check_shared(site, barrier, 8, 8);
+  const auto found = barriers.find(barrier);
+  if (found == barriers.end()) fail(site, "there is no barrier, or not yet");
+  if (same_bits<uint64_t>(barrier) != kBarrierMark) fail(site, "something else was written where the barrier is");
+  return found->second;
+}
+
+// Ends the phase if nothing is missing.
+void look(Phases& phases) {
+  if (phases.missing || phases.bytes) return;
+  ++phases.phase;
+  phases.missing = phases.arrivals;
+  wake(phases.sleepers);
+}
+
+uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// ---- The operands of products: where an element is. Canonical Layouts with the 128-byte swizzle. ----
+
+struct Matrix {
+  uint32_t begin, leading, stride;
+
+  Matrix(const Site& site, uint64_t descriptor)
+      : begin(static_cast<uint32_t>(descriptor & 0x3fff) << 4),
+        leading(static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4),
+        stride(static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4) {
+    if (descriptor >> 62 != 1) fail(site, "the descriptor's swizzle is not that of 128 bytes");
+    if (descriptor >> 49 & 7) fail(site, "the descriptor has a base offset");
+    if ((begin & 0x380) != 0) fail(site, "the matrix does not begin with the first of 8 rows");
+  }
+  // Row i, column k < 16; rows along memory.
+  uint32_t by_rows(int i, int k) const {
+    return swizzled(begin + static_cast<uint32_t>(i / 8) * stride +
+                    static_cast<uint32_t>(i % 8 * kBoxRowBytes + 2 * k));
+  }
+  // Row k < 16, column j; rows of 64 columns along memory.
+  uint32_t by_columns(int k, int j) const {
+    return swizzled(begin + static_cast<uint32_t>(j / kColumns) * leading + static_cast<uint32_t>(k / 8) * stride +
+                    static_cast<uint32_t>(k % 8 * kBoxRowBytes + 2 * (j % kColumns)));
+  }
+};
+
+uint16_t element(const Site& site, uint32_t address) {
+  const char* at = shared_at(address);
+  check_shared(site, at, 2, 2);
+  return same_bits<uint16_t>(at);
+}
+
+// a as the warp's lanes hold it, or out of shared memory; b.
+void read_operands(const Product& p, std::vector<uint16_t>& a, std::vector<uint16_t>& b) {
+  const ProductLane& first = p.lanes[0];
+  const auto n = static_cast<size_t>(first.n);
+  a.resize(16 * 16), b.resize(16 * n);
+  if (first.a) {
+    for (int lane = 0; lane < kWarp; ++lane) {
+      for (int r = 0; r < 4; ++r) {
+        const int row = lane / 4 + 8 * (r % 2), column = 2 * (lane % 4) + 8 * (r / 2);
+        for (int e = 0; e < 2; ++e) {
+          a[static_cast<size_t>(16 * row + column + e)] = static_cast<uint16_t>(p.lanes[lane].a[r] >> 16 * e);
+        }
+      }
+    }
+  } else {
+    const Matrix rows(p.site, first.rows);
+    for (int i = 0; i < 16; ++i) {
+      for (int k = 0; k < 16; ++k) {
+        a[static_cast<size_t>(16 * i + k)] = element(p.site, rows.by_rows(16 * (p.warp % 4) + i, k));
+      }
+    }
+  }
+  const Matrix columns(p.site, first.columns);
+  for (int k = 0; k < 16; ++k) {
+    for (int j = 0; j < first.n; ++j) {
+      const uint32_t at = first.a ? columns.by_columns(k, j) : columns.by_rows(j, k);
+      b[static_cast<size_t>(k) * n + static_cast<size_t>(j)] = element(p.site, at);
+    }
+  }
+}
+
+// f(a lane's register, the element of the accumulator that it holds).
+template <class F>
+void for_registers_of(Accumulator& d, F&& f) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int r = 0; r < 2; ++r) {
+      for (int c = 0; c < d.n / 4; ++c) {
+        const int row = lane / 4 + 8 * r, column = c / 2 * 8 + 2 * (lane % 4) + c % 2;
+        f(d.lanes[lane][r][c], d.values[static_cast<size_t>(row * d.n + column)]);
+      }
+    }
+  }
+}
+
+constexpr uint32_t kPoison = 0xffa5a5a5;  // a NaN that arithmetic changes: it signals
+
+void begin_product(Product& p) {
+  WarpProducts& mine = warps[static_cast<size_t>(p.warp)];
+  const ProductLane& first = p.lanes[0];
+  auto& d = mine.accumulators[first.d[0]];
+  if (!d) {
+    d = std::make_shared<Accumulator>();
+    d->n = first.n;
+    d->values.resize(static_cast<size_t>(16 * first.n));
+    for (int lane = 0; lane < kWarp; ++lane) std::copy(p.lanes[lane].d, p.lanes[lane].d + 2, d->lanes[lane]);
+    for_registers_of(*d, [](float& held, float& value) {
+      value = held;
+      std::memcpy(&held, &kPoison, sizeof held);
+    });
+  }
+  if (d->n != first.n) fail(p.site, "products of different shapes add to the same registers");
+  ++d->running;
+  p.d = d;
+  read_operands(p, p.a, p.b);
+  mine.groups.back().push_back(std::move(p));
+}
+
+void end_product(const Product& p) {
+  std::vector<uint16_t> a, b;
+  read_operands(p, a, b);
+  if (a != p.a || b != p.b) fail(p.site, "an operand was overwritten before the product was waited for");
+  Accumulator& d = *p.d;
+  const ProductLane& first = p.lanes[0];
+  if (!first.accumulate) std::fill(d.values.begin(), d.values.end(), 0.0f);
+  for (int i = 0; i < 16; ++i) {
+    float* row = &d.values[static_cast<size_t>(i * d.n)];
+    for (int k = 0; k < 16; ++k) {
+      const float x = first.wide(a[static_cast<size_t>(16 * i + k)]);
+      for (int j = 0; j < d.n; ++j) row[j] += x * first.wide(b[static_cast<size_t>(k * d.n + j)]);
+    }
+  }
+  if (--d.running) return;
+  for_registers_of(d, [&](float& held, float& value) {
+    if (same_bits<uint32_t>(&held) != kPoison) fail(p.site, "a register was written while products add to it");
+    held = value;
+  });
+  warps[static_cast<size_t>(p.warp)].accumulators.erase(first.d[0]);
+}
+
+}  // namespace
+
+// ---- The block's life. ----
+
+void begin_asynchronous(int threads) {
+  barriers.clear();
+  boxes.clear();
+  for_registers.clear();
+  const int each = std::min(kRegisters / threads / 8 * 8, 248);
+  free_registers = kRegisters - each * threads;
+  warps.clear();
+  warps.resize(static_cast<size_t>(threads / kWarp));
+  for (WarpProducts& warp : warps) warp.groups.resize(1), warp.registers = each;
+}
+
+int64_t moved_boxes() { return moved; }
+
+bool asynchronous_work() { return !boxes.empty(); }
+
+std::string asynchronous_step() {
+  ++moved;
+  const size_t which = draw() % boxes.size();
+  const Box box = boxes[which];
+  boxes.erase(boxes.begin() + static_cast<int64_t>(which));
+  const auto& [data, sizes, strides, rows] = box.map;
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t at[4] = {box.at[0] + c, box.at[1] + r, box.at[2], box.at[3]};
+      bool there = true;
+      int64_t offset = 2 * at[0];
+      for (int d = 0; d < 4; ++d) there = there && at[d] >= 0 && at[d] < sizes[d];
+      for (int d = 0; d < 3; ++d) offset += at[d + 1] * strides[d];
+      const uint32_t to = shared_address(box.shared) + static_cast<uint32_t>(r * kBoxRowBytes + 2 * c);
+      const uint16_t bits = there ? same_bits<uint16_t>(data + offset) : uint16_t{0};
+      std::memcpy(shared_at(swizzled(to)), &bits, 2);
+    }
+  }
+  const auto found = barriers.find(box.barrier);
+  found->second.bytes -= int64_t{kBoxRowBytes} * rows;
+  if (found->second.bytes < -kMostBytes) return "a barrier counts more bytes than it can";
+  look(found->second);
+  return {};
+}
+
+std::string end_asynchronous() {
+  if (!boxes.empty()) return "a copy is on its way when the block ends";
+  for (const auto& [at, phases] : barriers) {
+    if (phases.bytes) return "bytes that were announced at a barrier have not come, or others have";
+  }
+  for (size_t n = 0; n < warps.size(); ++n) {
+    const WarpProducts& warp = warps[n];
+    if (warp.groups.size() > 1 || !warp.groups.back().empty()) return "a warp ends with products that run";
+    if (warp.history != warps[n / 4 * 4].history) return "the warps of a warpgroup did not make the same products";
+  }
+  return {};
+}
+
+// ---- What gpu/hopper.h asks for. ----
+
+void init_barrier(const Site& site, void* barrier, int arrivals) {
+  check_shared(site, barrier, 8, 8);
+  if (arrivals < 1 || arrivals > kMostBytes) fail(site, "arrivals are 1 to 2^20 - 1");
+  if (!barriers.emplace(barrier, Phases{arrivals, arrivals, 0, 0, {}}).second) fail(site, "there is a barrier already");
+  std::memcpy(barrier, &kBarrierMark, sizeof kBarrierMark);
+}
+
+void arrive(const Site& site, void* barrier, int bytes) {
+  Phases& phases = phases_of(site, barrier);
+  phases.bytes += bytes;
+  if (bytes < 0 || phases.bytes > kMostBytes) fail(site, "a barrier counts up to 2^20 - 1 bytes");
+  if (--phases.missing < 0) fail(site, "more arrivals than the phase has");
+  look(phases);
+}
+
+void wait_for_phase(const Site& site, void* barrier, int parity) {
+  if (parity != 0 && parity != 1) fail(site, "parity is 0 or 1");
+  while ((phases_of(site, barrier).phase & 1) == parity) sleep(site, phases_of(site, barrier).sleepers);
+}
+
+void load_box(const Site& site, void* shared, const TensorMap* map, const int (&at)[4], void* barrier) {
+  check_aligned(site, map, 64);
+  const auto fields = same_bits<MapFields>(map);
+  const size_t bytes = static_cast<size_t>(kBoxRowBytes * fields.rows);
+  check_shared(site, shared, bytes, 1);
+  if (shared_address(shared) % 1024) fail(site, "the box is not at a multiple of 1024");
+  phases_of(site, barrier);
+  std::memset(shared, 0xff, bytes);
+  boxes.push_back({static_cast<char*>(shared), fields, {at[0], at[1], at[2], at[3]}, barrier});
+}
+
+void change_registers(const Site& site, int count, bool more) {
+  const auto give = [](void* const(&)[kWarp]) {
+    WarpProducts& mine = own();
+    if (mine.wanted <= mine.registers) {
+      free_registers += (mine.registers - mine.wanted) * kWarp;
+      mine.registers = mine.wanted;
+      wake(for_registers);
+    }
+  };
+  if (running.thread % kWarp == 0) remember(static_cast<uint64_t>(count));
+  WarpProducts& mine = own();
+  if (more ? count < mine.registers : count > mine.registers) fail(site, "it is the other way round");
+  mine.wanted = count;
+  meet_warp(site, nullptr, give);
+  while (mine.registers != count) {
+    if (free_registers >= (count - mine.registers) * kWarp) {
+      free_registers -= (count - mine.registers) * kWarp;
+      mine.registers = count;
+    } else {
+      sleep(site, for_registers);
+    }
+  }
+}
+
+void fence_products(const Site& site) {
+  meet_warp(site, nullptr, [](void* const(&)[kWarp]) { own().fenced = true; });
+}
+
+void commit_products(const Site& site) {
+  meet_warp(site, nullptr, [](void* const(&)[kWarp]) { own().groups.emplace_back(); });
+}
+
+void wait_for_products(const Site& site, int pending) {
+  meet_warp(site, &pending, [](void* const(&operands)[kWarp]) {
+    WarpProducts& mine = own();
+    mine.fenced = false;  // registers may be touched now
+    while (static_cast<int>(mine.groups.size()) - 1 > *static_cast<int*>(operands[0])) {
+      for (const Product& p : mine.groups.front()) end_product(p);
+      mine.groups.pop_front();
+    }
+  });
+}
+
+void start_product(const Site& site, ProductLane lane) {
+  struct Issue {
+    const Site* site;
+    ProductLane lane;
+  } mine{&site, lane};
+  meet_warp(site, &mine, [](void* const(&operands)[kWarp]) {
+    Product p{*static_cast<Issue*>(operands[0])->site, nullptr, {}, running.thread / kWarp, {}, {}};
+    for (int n = 0; n < kWarp; ++n) p.lanes[n] = static_cast<Issue*>(operands[n])->lane;
+    const ProductLane& first = p.lanes[0];
+    for (const ProductLane& other : p.lanes) {
+      const bool same = other.rows == first.rows && other.columns == first.columns && other.n == first.n &&
+                        other.accumulate == first.accumulate;
+      if (!same) fail(p.site, "the lanes of a warp give different descriptors");
+    }
+    if (!own().fenced) fail(p.site, "no wgmma_fence since registers could be written");
+    for (uint64_t what : {first.rows, first.columns, static_cast<uint64_t>(2 * first.n + first.accumulate)}) {
+      remember(what);
+    }
+    begin_product(p);
+  });
+}
+
+}  // namespace tformer::gpu::emulation
+
+namespace tformer::gpu {
+
+// csrc/cuda/tensor_map.cpp on the host: what cuTensorMapEncodeTiled refuses is refused.
+Status encode_tensor_map(TensorMap& map, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
+                         int rows) {
+  emulation::MapFields fields{static_cast<const char*>(data), {}, {}, rows};
+  static_assert(sizeof fields <= sizeof map);
+  bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows >= 1 && rows <= 256;
+  for (int d = 0; d < 4; ++d) {
+    fields.sizes[d] = sizes[d];
+    fits = fits && sizes[d] >= 1 && sizes[d] <= int64_t{1} << 32;
+  }
+  for (int d = 0; d < 3; ++d) {
+    fields.strides[d] = 2 * strides[d];
+    fits = fits && strides[d] > 0 && fields.strides[d] % 16 == 0 && fields.strides[d] < int64_t{1} << 40;
+  }
+  if (!fits)
+    return emulation::refuse("encode_tensor_map: a size, stride or address that the copy engine does not take");
+  std::memcpy(&map, &fields, sizeof fields);
+  return kSuccess;
+}
+
+}  // namespace tformer::gpu
