@@ -193,6 +193,15 @@ def test_tensors_of_two_devices():
         torch.ops.tformer_ext._residual_norm_forward(x, None, torch.ones(6))
 
 
+def test_head_dimension_above_256():
+    if not has_cuda_kernels("attention"):
+        pytest.skip("this build has no CUDA kernels of attention")
+    query = torch.randn(1, 1, 4, 257, device="cuda")
+    for options in ({}, {"causal": True}):
+        with pytest.raises(NotImplementedError, match="query: expected a head dimension up to 256 on CUDA, got 257"):
+            F.attention(query, query, query, **options)
+
+
 def test_autocast_is_torchs():
     x = torch.randn(4, 8, device="cuda", dtype=torch.bfloat16)
     weight = torch.ones(8, device="cuda")

@@ -133,6 +133,22 @@ def test_devices():
         attention(key=K.to("meta"))
 
 
+def test_head_dims_on_cuda():
+    """Only shapes and device are looked at, so that no GPU is needed."""
+
+    class Tensor:
+        def __init__(self, width, device="cuda"):
+            self.device, self.shape = torch.device(device), (1, 1, 4, width)
+
+    check = tx.arguments.head_dims_are_served
+    check(Tensor(256), Tensor(256))
+    check(Tensor(300, "cpu"), Tensor(300, "cpu"))
+    with pytest.raises(NotImplementedError, match="query: expected a head dimension up to 256 on CUDA, got 257"):
+        check(Tensor(257), Tensor(64))
+    with pytest.raises(NotImplementedError, match="value: expected a head dimension up to 256 on CUDA, got 300"):
+        check(Tensor(64), Tensor(300))
+
+
 def test_raw_operators_guard_memory():
     """Called past the Python functions they still refuse what would read outside a tensor."""
     forward = torch.ops.tformer_ext._attention_forward.default

@@ -51,6 +51,20 @@ def device_is_served(t, name="query", operation="attention"):
     )
 
 
+MOST_CUDA_HEAD_DIM = 256
+
+
+def head_dims_are_served(query, value):
+    """Raises where the kernels of attention for the device of query are not made for such head dimensions."""
+    if query.device.type != "cuda":
+        return
+    for name, t in (("query", query), ("value", value)):
+        if t.shape[-1] > MOST_CUDA_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name}: expected a head dimension up to {MOST_CUDA_HEAD_DIM} on CUDA, got {t.shape[-1]}"
+            )
+
+
 def same_device(name, t, device):
     if t.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} as the others, got one on {t.device}")

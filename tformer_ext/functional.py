@@ -77,7 +77,7 @@ def attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
-        NotImplementedError: for a device without kernels.
+        NotImplementedError: for a device without kernels; on CUDA, for head dimensions above 256.
 
     Sources: Vaswani et al. 2017; Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling, recomputation);
     Ainslie et al. 2023 (grouped queries); Press et al. 2022 (ALiBi); Xiao et al. 2024 (sinks); Gemma 2 (softcap).
@@ -94,6 +94,7 @@ def attention(
     query, key, value = _autocast(query, key, value)
     check.check_qkv(query, key, value)
     check.device_is_served(query)
+    check.head_dims_are_served(query, value)
     device, D = query.device, query.shape[3]
     B, Hq, Sq, Sk = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
     left, right = (-1, -1) if window is None else check.window_pair(window)
@@ -163,6 +164,7 @@ def attention_varlen(
     query, key, value = (t.unsqueeze(0).transpose(1, 2) for t in _autocast(query, key, value))
     check.check_qkv(query, key, value)
     check.device_is_served(query)
+    check.head_dims_are_served(query, value)
     device, Hq = query.device, query.shape[1]
     cu_q = check.cumulative("cu_seqlens_q", cu_seqlens_q, query.shape[2], device)
     cu_k = check.cumulative("cu_seqlens_k", cu_seqlens_k, key.shape[2], device, size=cu_q.shape[0])
