@@ -58,7 +58,7 @@ sanitize: $(VENV)/test.stamp
 
 # In a copy of the tree, as sanitize. The tests are those that could tell a difference without a GPU.
 CUDA_HOME ?= /usr/local/cuda
-cuda: $(VENV)/test.stamp
+cuda: $(VENV)/test.stamp $(VENV)/cuda.stamp
 	@if [ -x $(CUDA_HOME)/bin/nvcc ]; then $(MAKE) --no-print-directory cuda-build; \
 	else echo "no CUDA toolkit at CUDA_HOME=$(CUDA_HOME): the CUDA kernels are not compiled"; fi
 
@@ -68,7 +68,7 @@ cuda-build:
 	cp -a setup.py pyproject.toml csrc tformer_ext tests build/cuda
 	rm -f build/cuda/tformer_ext/*.so
 	cd build/cuda && CUDA_HOME=$(CUDA_HOME) TFORMER_CUDA=1 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd build/cuda && $(abspath $(BIN))/python -m pytest -q -k "not setup and not sdist" $(addprefix tests/,test_build.py test_info.py test_errors.py) $(TEST_ARGS)
+	cd build/cuda && $(abspath $(BIN))/python -m pytest -q -k "not setup and not sdist" $(addprefix tests/,test_build.py test_info.py test_errors.py test_hopper_code.py) $(TEST_ARGS)
 
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(GPU_CHECK_ARGS)

@@ -108,6 +108,8 @@ def cuda_archs_from_environment():
             raise SystemExit(f"TFORMER_CUDA_ARCHS: expected numbers from 80, like {CUDA_ARCHS}, got {setting!r}")
         for code in (f"sm_{number}", *([f"compute_{number}"] if plus else [])):
             flags[code] = f"-gencode=arch=compute_{number},code={code}"
+    if "sm_90" in flags:
+        flags["sm_90a"] = "-gencode=arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper, and nothing else
     return flags
 
 
@@ -218,16 +220,22 @@ class Build(cpp_extension.BuildExtension):
         )
 
     def cuda_groups(self, host_flags):
-        """csrc/cuda: the kernels by nvcc, the operators by the host compiler."""
+        """csrc/cuda: the kernels by nvcc, those of csrc/cuda/hopper for sm_90a; the operators by the host compiler."""
         cpp_extension.CUDA_HOME = str(self.cuda_toolkit)  # None under a torch without CUDA, which does for compiling
         kernels, operators = (sorted(map(str, Path("csrc/cuda").glob(f"*.{suffix}"))) for suffix in ("cu", "cpp"))
-        flags = [*CUDA_FLAGS, f"-I{ROOT / 'csrc/cuda'}", *self.cuda_archs.values()]
+        common = [*CUDA_FLAGS, f"-I{ROOT / 'csrc/cuda'}"]
         if torch.version.cuda is None:
             # Only under a torch with CUDA do its ninja files know the headers of .cu files: here a change of any shows.
             headers = [*Path("csrc/cuda").rglob("*.h"), *Path("csrc").glob("*.h")]
             text = b"".join(file.read_bytes() for file in sorted(headers))
-            flags.append(f"-DTFORMER_HEADERS={hashlib.sha256(text).hexdigest()[:16]}")
-        return [Group("cuda/kernels", kernels, flags), Group("cuda", operators, host_flags)]
+            common.append(f"-DTFORMER_HEADERS={hashlib.sha256(text).hexdigest()[:16]}")
+        flags = [*common, *(flag for code, flag in self.cuda_archs.items() if code != "sm_90a")]
+        groups = [Group("cuda/kernels", kernels, flags)]
+        if "sm_90a" in self.cuda_archs:
+            hopper = sorted(map(str, Path("csrc/cuda/hopper").glob("*.cu")))
+            groups.append(Group("cuda/sm_90a", hopper, [*common, self.cuda_archs["sm_90a"]]))
+            host_flags = [*host_flags, "-DTFORMER_HOPPER"]
+        return [*groups, Group("cuda", operators, host_flags)]
 
     def write_build_info(self, isas, debug):
         """Writes the C++ file behind _C.build_info(); returns its path. Kept unchanged if nothing changed."""

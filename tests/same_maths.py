@@ -42,21 +42,36 @@ def recomputed_gradients(qkv, options, cotangents):
     return tuple(result)
 
 
+def _permuted(qkv):
+    """Features in several orders: [(query, key, value), order of the values, orders that take both back]."""
+    D, Dv = qkv[0].shape[3], qkv[2].shape[3]
+    for seed in range(4):
+        draw = torch.Generator("cpu").manual_seed(seed)
+        order, order_v = (torch.randperm(n, generator=draw, device="cpu") for n in (D, Dv))
+        permuted = [t[..., o] for t, o in zip(qkv, (order, order, order_v), strict=True)]
+        yield permuted, order_v, order.argsort(), order_v.argsort()
+
+
+def forward_yardsticks(qkv, options, dtype):
+    """The same maths in dtype with sums in several orders: [(out, lse), ...]."""
+    results = []
+    for permuted, _, _, back_v in _permuted(qkv):
+        given, keywords = in_dtype(permuted, options, dtype)
+        out, lse = reference.attention(*given, **keywords, return_lse=True)
+        results.append((out[..., back_v], lse))
+    return results
+
+
 def yardsticks(qkv, options, cotangents, dtype):
     """The same maths in dtype: with sums in several orders (features permuted), each gradient taken in both forms.
 
     Returns [(out, lse, (gradients)), ...], permuted back.
     """
     results = []
-    for seed in range(4):
-        draw = torch.Generator("cpu").manual_seed(seed)
-        D, Dv = qkv[0].shape[3], qkv[2].shape[3]
-        order, order_v = (torch.randperm(n, generator=draw, device="cpu") for n in (D, Dv))
-        permuted = [t[..., o] for t, o in zip(qkv, (order, order, order_v), strict=True)]
+    for permuted, order_v, back, back_v in _permuted(qkv):
         leaves, keywords = in_dtype(permuted, options, dtype, True)
         cotangent = (cotangents[0][..., order_v], cotangents[1])
         (out, lse), direct = gradients(reference.attention, leaves, keywords, cotangent)
-        back, back_v = order.argsort(), order_v.argsort()
         for grads in (direct, recomputed_gradients(leaves, keywords, cotangent)):
             ordered = [g[..., o] for g, o in zip(grads, (back, back, back_v), strict=False)] + list(grads[3:])
             results.append((out.detach()[..., back_v], lse.detach(), *ordered))

@@ -186,9 +186,24 @@ def test_cuda_build_loads_everywhere():
 
 
 @needs_cuda_build
+def test_cuda_build_has_code_for_sm_90a():
+    """Of attention's own kernels for it, and of nothing else."""
+    archs = _C.build_info()["cuda"]
+    assert ("sm_90a" in archs) == ("sm_90" in archs)
+    objects = [file.name for file in (build_folder() / "cuda/sm_90a").rglob("*.o")]
+    assert sorted(objects) == (["attention_forward_bf16.o", "attention_forward_f16.o"] if "sm_90a" in archs else [])
+
+
+@needs_cuda_build
 def test_cuda_build_registers_its_operators():
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in ("_residual_norm_forward", "_residual_norm_inference", "_residual_norm_backward"):
+    for name in (
+        "_attention_forward",
+        "_attention_forward_refusal",
+        "_residual_norm_forward",
+        "_residual_norm_inference",
+        "_residual_norm_backward",
+    ):
         assert has_kernel(f"tformer_ext::{name}", "CUDA")
 
 

@@ -9,6 +9,7 @@ from . import _C, functional
 from . import arguments as check
 from .advice import operand_notes
 from .functional import attention
+from .ops.recording import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ class Explanation:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
+# HopperRefusal of csrc/cuda/hopper/attention_launch.h: its name, and why a call on CUDA takes the portable kernels.
+HOPPER_REFUSALS = {
+    1: ("dtype", "they are for bfloat16 and float16"),
+    2: ("device", "they are for compute capability 9.0 only"),
+    3: ("not_built", "this build has none: its TFORMER_CUDA_ARCHS have no 90"),
+    4: ("operands", "with bias, mask, ALiBi, softcap, dropout or a scale that is not positive there are none"),
+    5: ("split", "there are few queries for many keys, so the keys are split over blocks"),
+    6: ("layout", "addresses or strides are no multiples of 16 bytes, a dimension is expanded, or there are no keys"),
+    7: ("not_wanted", "they have not yet run on hardware, so they want TFORMER_EXT_SM90=1 in the environment"),
+}
+
 SECOND_DERIVATIVE = "a second derivative runs through the reference in PyTorch operations"
 
 
@@ -53,7 +65,8 @@ def explain(query, key, value, **options):
     notes, call = _copies(query, key, value), _describe(query, key, value, options)
     if query.device.type == "cuda":
         isa = "sm_{}{}".format(*torch.cuda.get_device_capability(query.device))
-        return Explanation("cuda", isa, _cuda_product(query.dtype), 16, (*notes, SECOND_DERIVATIVE), call)
+        product, path = _cuda_kernels(query, key, value, options)
+        return Explanation("cuda", isa, product, 16, (*notes, *path, SECOND_DERIVATIVE), call)
     isa = _C.cpu_isa()
     native_bf16 = isa == "avx512bf16"
     product = {
@@ -116,10 +129,36 @@ def _copies(query, key, value):
     return [f"{name} is copied: its last dimension has stride {stride}, not 1" for name, stride in strided]
 
 
-def _cuda_product(dtype):
-    return {
-        torch.float64: "float64 multiply-add",
-        torch.float32: "float32 multiply-add",
-        torch.float16: "tensor cores, float16 into float32",
-        torch.bfloat16: "tensor cores, bfloat16 into float32",
-    }[dtype]
+def _cuda_kernels(query, key, value, options):
+    """How products are computed, and a note where kernels for sm_90a could do it and do not."""
+    dtype = str(query.dtype).removeprefix("torch.")
+    if is_dtensor(query):  # this rank's part is told of
+        query, key, value = (t.to_local() for t in (query, key, value))
+        options = {k: v.to_local() if is_dtensor(v) else v for k, v in options.items()}
+    refused = hopper_refusal(torch.ops.tformer_ext._attention_forward_refusal, query, key, value, options)
+    if refused is None:
+        return f"tensor cores by warpgroups (wgmma), {dtype} into float32", ()
+    name, reason = refused
+    if query.dtype in (torch.float64, torch.float32):
+        return f"{dtype} multiply-add", ()
+    note = () if name == "device" else (f"not the kernels for sm_90a: {reason}",)
+    return f"tensor cores, {dtype} into float32", note
+
+
+def hopper_refusal(operator, query, key, value, options):
+    """(name, reason) for which a call does not go to the kernels for sm_90a, None: it does. The operator is that of the
+    device's backend; positions, lengths and sinks are no reason."""
+    B, Hq, Sq, D = query.shape
+    full = (B, Hq, Sq, key.shape[2])
+    dropout_p = options.get("dropout_p", 0.0)
+    code = operator(
+        *(check.unit_stride(t) for t in (query, key, value)),
+        bias=check.score_operand("bias", options.get("bias"), full),
+        mask=check.score_operand("mask", options.get("mask"), full),
+        alibi_slopes=check.alibi(options.get("alibi_slopes"), B, Hq, query.device),
+        dropout_seed=torch.zeros((), dtype=torch.int64, device=query.device) if dropout_p else None,
+        scale=check.scale_value(options.get("scale"), D),
+        softcap=check.softcap_value(options.get("softcap", 0.0)),
+        dropout_p=dropout_p,
+    )
+    return HOPPER_REFUSALS[code] if code else None

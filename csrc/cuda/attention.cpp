@@ -4,6 +4,7 @@
 
 #include "../host/attention_arguments.h"
 #include "attention_launch.h"
+#include "hopper/attention_choice.h"
 #include "runtime.h"
 
 namespace tformer {
@@ -59,6 +60,37 @@ void choose_splits(AttentionCall& call) {
   call.splits = (p.Sk + call.split_keys - 1) / call.split_keys;
 }
 
+// What a forward call takes, without memory for its results.
+AttentionCall forward_call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
+                           const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                           const OptionalTensor& key_lengths, const OptionalTensor& cu_seqlens_q,
+                           const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed, int64_t causal,
+                           int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap,
+                           double dropout_p) {
+  AttentionParams p =
+      attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
+  check_devices(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
+  set_options(p, query, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
+  check_sizes(p);
+  AttentionCall call = attention_call(p);
+  // the result is dense: its rows are Dv apart, or there is one
+  const bool one_row = query.size(0) <= 1 && p.Hq <= 1 && query.size(2) <= 1;
+  const auto row_bytes = static_cast<int64_t>(element_bytes(query.scalar_type())) * p.Dv;
+  call.aligned = aligned(p.q, query) && aligned(p.k, key) && aligned(p.v, value) && (one_row || row_bytes % 16 == 0);
+  choose_splits(call);
+  return call;
+}
+
+gpu::Status launch_hopper(const AttentionCall& call, const OnDevice& on) {
+#ifdef TFORMER_HOPPER
+  const int multiprocessors = on.device().multiprocessors;
+  return call.p.dtype == DType::bf16 ? gpu::launch_hopper_forward<gpu::bf16>(call, multiprocessors, on.stream())
+                                     : gpu::launch_hopper_forward<gpu::f16>(call, multiprocessors, on.stream());
+#else
+  return launch_attention_forward(call, on.stream());
+#endif
+}
+
 std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
                                              OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
                                              OptionalTensor key_lengths, OptionalTensor cu_seqlens_q,
@@ -66,19 +98,18 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
                                              int64_t window_left, int64_t window_right, std::optional<double> scale,
                                              double softcap, double dropout_p) {
   const OnDevice on(query);
-  AttentionParams p =
-      attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
-  check_devices(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
-  set_options(p, query, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
-  check_sizes(p);
+  AttentionCall call =
+      forward_call(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k,
+                   dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
+  AttentionParams& p = call.p;
   Tensor out = empty_in_order_of(query, {query.size(0), p.Hq, query.size(2), p.Dv});
   Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
   p.o = rows_of(out, p.cu_seqlens_q);
   set_lse(p, lse);
-
-  AttentionCall call = attention_call(p);
-  call.aligned = aligned(p.q, query) && aligned(p.k, key) && aligned(p.v, value) && aligned(p.o, out);
-  choose_splits(call);
+  if (hopper_refusal(call, on.device()) == HopperRefusal::none) {
+    check_launch(launch_hopper(call, on), "attention forward for sm_90a");
+    return {out, lse};
+  }
   if (call.splits == 1) {
     check_launch(launch_attention_forward(call, on.stream()), "attention forward");
     return {out, lse};
@@ -91,6 +122,19 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   check_launch(launch_attention_forward(call, on.stream()), "attention forward, split keys");
   check_launch(launch_attention_merge(call, on.stream()), "attention merge");
   return {out, lse};
+}
+
+// A HopperRefusal; nothing is computed.
+int64_t attention_forward_refusal(Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor mask,
+                                  OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor key_lengths,
+                                  OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
+                                  int64_t causal, int64_t window_left, int64_t window_right,
+                                  std::optional<double> scale, double softcap, double dropout_p) {
+  const OnDevice on(query);
+  const AttentionCall call =
+      forward_call(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k,
+                   dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
+  return static_cast<int64_t>(hopper_refusal(call, on.device()));
 }
 
 // Where the gradient of the bias is summed. With a query dimension: in the bias's own shape, by the kernel for dq,
@@ -218,5 +262,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(TFORMER_NAMESPACE, TFORMER_CUDA_KEY, m) {
   m.impl("_attention_forward", TORCH_BOX(&tformer::attention_forward));
+  m.impl("_attention_forward_refusal", TORCH_BOX(&tformer::attention_forward_refusal));
   m.impl("_attention_backward", TORCH_BOX(&tformer::attention_backward));
 }

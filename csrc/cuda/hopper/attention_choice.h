@@ -1,0 +1,34 @@
+// Which forward calls go to the kernels for sm_90a. For host files.
+#pragma once
+
+#include "../runtime.h"
+#include "attention_launch.h"
+
+namespace tformer {
+
+// The copy engine walks along each dimension of a (B, H, S, width) tensor.
+inline bool can_be_mapped(const Rows& t, int64_t B, int64_t H, int64_t S) {
+  constexpr int64_t kMostStride = int64_t{1} << 38;  // of 16-bit elements: below 2^40 bytes
+  const int64_t sizes[3] = {B, H, S};
+  bool can = true;
+  for (int d = 0; d < 3; ++d) can = can && (sizes[d] <= 1 || (t.stride[d] > 0 && t.stride[d] < kMostStride));
+  return can;
+}
+
+inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device& device) {
+  const AttentionParams& p = call.p;
+  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return HopperRefusal::dtype;
+  if (device.major != 9 || device.minor != 0) return HopperRefusal::device;
+#ifndef TFORMER_HOPPER
+  return HopperRefusal::not_built;
+#endif
+  if (!call.plain) return HopperRefusal::operands;
+  if (call.splits > 1) return HopperRefusal::split;
+  const int64_t batches = call.packed ? 1 : p.B;
+  const bool mapped = can_be_mapped(p.q, batches, p.Hq, p.Sq) && can_be_mapped(p.k, batches, p.Hk, p.Sk) &&
+                      can_be_mapped(p.v, batches, p.Hk, p.Sk);
+  if (!call.aligned || !mapped || p.Sk == 0) return HopperRefusal::layout;
+  return gpu::hopper_is_wanted() ? HopperRefusal::none : HopperRefusal::not_wanted;
+}
+
+}  // namespace tformer

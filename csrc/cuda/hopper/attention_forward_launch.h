@@ -1,0 +1,42 @@
+// Included by the file that compiles the kernels of a dtype for sm_90a.
+#pragma once
+
+#include "../attention_dispatch.h"
+#include "attention_forward.h"
+
+namespace tformer::gpu {
+
+// Rows (B, H, S, width) in boxes of `rows` rows. Packed sequences are one batch.
+inline Status map_of(TensorMap& map, const Rows& t, int64_t width, int64_t S, int64_t H, int64_t B, int rows) {
+  const int64_t sizes[4] = {width, S, H, B};
+  int64_t strides[3] = {t.stride[2], t.stride[1], t.stride[0]};
+  for (int d = 0; d < 3; ++d) {
+    if (sizes[d + 1] == 1) strides[d] = kBoxColumns;  // never walked along, but not any number is taken
+  }
+  return encode_tensor_map(map, t.data, sizes, strides, rows);
+}
+
+template <class T>
+Status launch_hopper_forward(const AttentionCall& given, int multiprocessors, Stream stream) {
+  return for_width(given, [&](auto width) {
+    using Kernel = HopperForward<T, decltype(width)::value>;
+    HopperForwardCall call{};
+    call.call = given;
+    const AttentionParams& p = given.p;
+    const int64_t batches = given.packed ? 1 : p.B;
+    WorkGrid& grid = call.call.grid;
+    grid = grid_of(given, Kernel::kRows, p.Sq, p.Hq, p.Sk * p.Hk / p.Hq);
+    grid.last_tile_first = p.causal != kNotCausal;
+    if (grid.blocks() == 0) return kSuccess;
+    Status status = map_of(call.q, p.q, p.D, p.Sq, p.Hq, batches, Kernel::kRows);
+    if (status == kSuccess) status = map_of(call.k, p.k, p.D, p.Sk, p.Hk, batches, Kernel::kKeys);
+    if (status == kSuccess) status = map_of(call.v, p.v, p.Dv, p.Sk, p.Hk, batches, Kernel::kKeys);
+    if (status != kSuccess) return status;
+    // Tiles that take equally long: a block on each multiprocessor takes them in turn, and the keys of the next tile
+    // come while the results of one are written. Else a block for each, as one gets free.
+    const int64_t blocks = grid.last_tile_first || grid.blocks() < multiprocessors ? grid.blocks() : multiprocessors;
+    return launch<Kernel>({blocks}, Kernel::kSharedBytes, stream, call);
+  });
+}
+
+}  // namespace tformer::gpu

@@ -1,0 +1,55 @@
+"""Attention calls that the kernels for sm_90a take, and how their values are checked: by the emulation and on a GPU."""
+
+import torch
+from cases import Case, in_dtype, tensors
+from same_maths import forward_yardsticks
+from tolerances import assert_close, farther
+
+from tformer_ext import functional as F
+from tformer_ext import reference
+
+DTYPES = (torch.bfloat16, torch.float16)
+SHAPES = {  # B, Hq, Hk, Sq, Sk, D, Dv
+    64: (2, 4, 2, 200, 300, 64, 64),
+    128: (2, 4, 2, 140, 300, 128, 128),
+    256: (1, 4, 2, 140, 200, 256, 256),
+}
+HOPPER_CASES = [
+    *(Case(f"{name} {D}", shape, dict(options)) for D, shape in SHAPES.items() for name, options in (
+        ("all keys", {}),
+        ("causal", {"causal": True}),
+        ("lower right", {"causal": "lower_right"}),
+        ("window", {"window": (50, 20)}),
+    )),
+    Case("one tile", (1, 2, 2, 64, 100, 128, 128)),
+    Case("whole tiles", (1, 2, 2, 384, 256, 128, 128), {"causal": True}),
+    Case("one query", (1, 130, 130, 1, 40, 64, 64)),
+    Case("one past the tiles", (1, 3, 1, 193, 113, 64, 64)),
+    Case("narrow heads", (1, 2, 2, 70, 150, 8, 24)),
+    Case("head dims of two widths", (1, 2, 1, 70, 150, 72, 200)),
+    Case("dead rows", (2, 2, 2, 200, 70, 64, 64), {"causal": "lower_right"}),
+    Case("tall upper left", (1, 2, 2, 300, 70, 128, 128), {"causal": True}),
+    Case("window of one key", (1, 2, 2, 200, 200, 64, 64), {"window": (0, 0)}),
+    Case("window past the keys", (1, 2, 2, 200, 60, 64, 64), {"window": (10, -1), "causal": True}),
+    Case("key lengths", (4, 2, 1, 70, 260, 64, 64), {"key_lengths": [260, 0, 1, 130]}),
+    Case("key lengths lower right", (2, 2, 1, 70, 260, 128, 128), {"key_lengths": [41, 257], "causal": "lower_right"}),
+    Case("sinks", (1, 4, 2, 150, 150, 64, 64), {"causal": True}, sinks=True),
+    Case("sinks with dead rows", (1, 2, 2, 150, 20, 128, 128), {"causal": "lower_right"}, sinks=True),
+    Case("scale", (1, 2, 2, 100, 150, 64, 64), {"scale": 1.0}),
+    Case("heads after length", (2, 4, 2, 70, 150, 64, 64), {"causal": True}, layout="BSHD"),
+    Case("length first", (2, 4, 4, 70, 150, 64, 64), layout="SBHD"),
+    Case("packed projection", (2, 4, 4, 150, 150, 64, 64), {"causal": True}, layout="packed"),
+    Case("many key tiles", (1, 2, 1, 70, 500, 256, 256), {"causal": "lower_right", "window": (400, -1)}),
+]  # fmt: skip
+
+
+def check_values(case, dtype):
+    """out and lse of the call against float64."""
+    torch.manual_seed(1)
+    qkv, options = tensors(case, dtype)
+    exact, exact_options = in_dtype(qkv, options, torch.float64)
+    golden = reference.attention(*exact, **exact_options, return_lse=True)
+    same = zip(*forward_yardsticks(qkv, options, dtype), strict=True)
+    actual = F.attention(*qkv, **options, return_lse=True)
+    for name, a, g, f in zip(("out", "lse"), actual, golden, same, strict=True):
+        assert_close(a, g, farther(f, g), f"{dtype} {name}")

@@ -1,0 +1,148 @@
+"""The attention kernels for sm_90a, run by the emulation: values, which calls they take, and that no order of threads,
+copies and products shows."""
+
+import pytest
+import torch
+from cases import CASES, Case, gradients, in_dtype, tensors
+from hopper_cases import DTYPES, HOPPER_CASES, check_values
+from same_maths import yardsticks
+from tolerances import assert_close, assert_gradient_close, farther
+
+from tformer_ext import functional as F
+from tformer_ext import reference
+from tformer_ext.explain import hopper_refusal
+
+
+@pytest.fixture
+def hopper(emulated):
+    """The Python functions run the emulated kernels of an sm_90 on which TFORMER_EXT_SM90=1."""
+    from emulation.library import HOPPER
+
+    emulated.set_device(HOPPER, hopper_kernels=True)
+    return emulated
+
+
+def why(query, key, value, **options):
+    """The name of the reason for which a call does not go to the kernels of sm_90a; None: it does."""
+    refused = hopper_refusal(torch.ops.tformer_emulated._attention_forward_refusal, query, key, value, options)
+    return refused and refused[0]
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values(case, dtype, hopper):
+    before = hopper.moved_boxes()
+    check_values(case, dtype)
+    assert hopper.moved_boxes() > before
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_of_the_cases_of_all_kernels(case, hopper):
+    check_values(case, torch.bfloat16)
+
+
+def test_gradients(hopper):
+    """Backward, which is that of every GPU, from these kernels' out and lse."""
+    case = Case("", (2, 4, 2, 140, 150, 64, 64), {"causal": True})
+    for dtype in DTYPES:
+        qkv, options = tensors(case, dtype)
+        cotangents = torch.randn(2, 4, 140, 64).to(dtype), torch.randn(2, 4, 140)
+        golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
+        same = list(zip(*yardsticks(qkv, options, cotangents, dtype), strict=True))
+        _, grads = gradients(F.attention, *in_dtype(qkv, options, dtype, True), cotangents)
+        for a, g, f in zip(grads, golden[1], same[2:], strict=True):
+            assert_gradient_close(a, g, farther(f, g))
+
+
+RACES = ("all keys 64", "causal 128", "window 256", "dead rows", "key lengths", "many key tiles", "whole tiles")
+
+
+@pytest.mark.parametrize("case", [c for c in HOPPER_CASES if c.name in RACES], ids=str)
+def test_order_does_not_show(case, hopper):
+    """Of blocks, warps and lanes, and of when copies land."""
+    qkv, options = tensors(case, torch.bfloat16)
+    expected = F.attention(*qkv, **options, return_lse=True)
+    for seed in range(1, 6):
+        hopper.set_seed(seed)
+        for a, b in zip(F.attention(*qkv, **options, return_lse=True), expected, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"with seed {seed}"
+
+
+LENGTHS = [(5, 200, 0, 130, 1), (70, 9, 3, 230, 0)]  # of queries, of keys
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": "lower_right", "window": (40, -1)}], ids=str)
+def test_packed_sequences(dtype, options, hopper):
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in LENGTHS)
+    q, k, v = (torch.randn(int(cu[-1]), h, 64).to(dtype) for cu, h in ((cu_q, 4), (cu_k, 2), (cu_k, 2)))
+
+    def run(function, to):
+        return function(*(t.to(to) for t in (q, k, v)), cu_q, cu_k, **options, return_lse=True)
+
+    before = hopper.moved_boxes()
+    actual = run(F.attention_varlen, dtype)
+    assert hopper.moved_boxes() > before
+    for a, g, f in zip(actual, run(reference.attention_varlen, torch.float64), run(reference.attention_varlen, dtype),
+                       strict=True):  # fmt: skip
+        assert_close(a, g, f)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_hidden_values_that_are_not_finite(bad, hopper):
+    """By position, by length, and in the sequence that follows; a visible one reaches the rows that see it."""
+    q, k, v = (torch.randn(1, 2, 150, 64).bfloat16() for _ in range(3))
+    v[:, :, 100:, 5] = bad
+    out = F.attention(q, k, v, causal=True)
+    seen = torch.zeros(150, 64, dtype=torch.bool)
+    seen[100:, 5] = True
+    assert torch.equal(~torch.isfinite(out[0, 1]), seen)
+    lengths = torch.tensor([100], dtype=torch.int32)
+    assert torch.isfinite(F.attention(q, k, v, key_lengths=lengths)).all()
+    cu = torch.tensor([0, 100, 150], dtype=torch.int32)
+    packed = F.attention_varlen(*(t[0].transpose(0, 1) for t in (q, k, v)), cu, cu)
+    assert torch.isfinite(packed[:100]).all() and not torch.isfinite(packed[100:, :, 5]).any()
+    k[:, :, 3] = bad
+    assert torch.isnan(F.attention(q, k, v.clamp(-9, 9).nan_to_num(0), causal=True)[:, :, 3:]).all()
+
+
+def test_what_goes_to_the_portable_kernels(hopper):
+    from emulation.library import AMPERE, HOPPER
+
+    q = torch.randn(1, 2, 70, 64).bfloat16()
+    wide = torch.randn(1, 2, 70, 65).bfloat16()
+    long, few = torch.randn(1, 2, 600, 64).bfloat16(), torch.randn(1, 2, 3, 64).bfloat16()
+    assert why(q, q, q) is None
+    assert why(q, q, q, causal=True, window=(5, -1), key_lengths=torch.tensor([9]), sinks=torch.ones(2)) is None
+    assert why(q.float(), q.float(), q.float()) == "dtype"
+    for options in (
+        {"softcap": 1.0}, {"scale": -1.0}, {"scale": 0.0}, {"bias": torch.zeros(1, 1, 1, 70)}, {"dropout_p": 0.5},
+        {"alibi_slopes": torch.ones(2)}, {"mask": torch.ones(70, 70).bool()},
+    ):  # fmt: skip
+        assert why(q, q, q, **options) == "operands"
+    assert why(few, long, long) == "split"
+    for bad in (wide, wide[..., 1:], q.expand(3, -1, -1, -1)):
+        assert why(bad, bad, bad) == "layout"
+    assert why(q, q[:, :, :0], q[:, :, :0]) == "layout"
+    assert why(q, q, wide[..., :63]) == "layout"
+    hopper.set_device(HOPPER, hopper_kernels=False)
+    assert why(q, q, q) == "not_wanted"
+    before = hopper.moved_boxes()
+    F.attention(q, q, q)
+    assert hopper.moved_boxes() == before
+    hopper.set_device(AMPERE, hopper_kernels=True)
+    assert why(q, q, q) == "device"
+
+
+def test_strided_batches_of_one(hopper):
+    """A dimension of size 1 may have any stride."""
+    q = torch.randn(1, 1, 70, 64).bfloat16().as_strided((1, 1, 70, 64), (0, 7, 64, 1))
+    assert why(q, q, q) is None
+    torch.testing.assert_close(F.attention(q, q, q), F.attention(*[q.clone(memory_format=torch.contiguous_format)] * 3))
+
+
+def test_nothing_to_do(hopper):
+    q, k = torch.randn(0, 2, 70, 64).bfloat16(), torch.randn(0, 2, 9, 64).bfloat16()
+    assert F.attention(q, k, k).shape == (0, 2, 70, 64)
+    q, k = torch.randn(2, 2, 0, 64).bfloat16(), torch.randn(2, 2, 9, 64).bfloat16()
+    assert F.attention(q, k, k).shape == (2, 2, 0, 64)
