@@ -1,7 +1,9 @@
 """Everything that only a GPU can tell, in one go: `make gpu-check`.
 
 Builds for the present GPU, runs the tests marked cuda, compute-sanitizer on small calls where there is one, then the
-benchmark; its CSV file goes to benchmarks/results. Ends with 1 where a step failed; the later steps run all the same.
+benchmark; its CSV file goes to benchmarks/results. On sm_90 the attention tests, the sanitizer and the benchmark of
+attention run once more with TFORMER_EXT_SM90=1, into a CSV file of their own. Ends with 1 where a step failed; the
+later steps run all the same.
 """
 
 import argparse
@@ -17,6 +19,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("memcheck", "racecheck")
+# Attention's kernels for sm_90a are off unless asked for.
+SM90 = {"TFORMER_EXT_SM90": "1"}
+STEPS = ("build", "tests", "sanitizer", "bench", "sm90-tests", "sm90-sanitizer", "sm90-bench")
 # Small enough for racecheck, which slows a kernel down a hundredfold.
 SANITIZED = "tests/sanitized_calls.py"
 
@@ -24,11 +29,17 @@ SANITIZED = "tests/sanitized_calls.py"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=0.15, metavar="SECONDS", help="of the benchmark's contenders")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("build", "tests", "sanitizer", "bench"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=STEPS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu-check: torch finds no GPU here")
     steps = {"build": build, "tests": run_tests, "sanitizer": sanitize, "bench": lambda: bench(options.budget)}
+    if torch.cuda.get_device_capability() == (9, 0):
+        steps |= {
+            "sm90-tests": lambda: run_tests(r"attention_kernels[,)]|mark\.cuda", **SM90),
+            "sm90-sanitizer": lambda: sanitize(**SM90),
+            "sm90-bench": lambda: bench(options.budget, "--filter", "^attention.*forward", **SM90),
+        }
     outcomes = {}
     for name, step in steps.items():
         if name in options.skip:
@@ -41,7 +52,7 @@ def main() -> int:
             break
     print("== gpu-check on", torch.cuda.get_device_name())
     for name, outcome in outcomes.items():
-        print(f"{name:>10}  {outcome}")
+        print(f"{name:>14}  {outcome}")
     return int(any(outcome.startswith("FAILED") for outcome in outcomes.values()))
 
 
@@ -58,16 +69,16 @@ def build() -> str:
     return run(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", **settings)
 
 
-def run_tests() -> str:
+def run_tests(marks: str = r"[ (](attention_)?kernels[,)]|mark\.cuda", **environment: str) -> str:
     """Only the files with such tests: what the others import need not be there."""
-    marked = re.compile(r"[ (](attention_)?kernels[,)]|mark\.cuda")
+    marked = re.compile(marks)
     files = [
         str(f.relative_to(ROOT)) for f in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(f.read_text())
     ]
-    return run(sys.executable, "-m", "pytest", "-q", "-m", "cuda", *files)
+    return run(sys.executable, "-m", "pytest", "-q", "-m", "cuda", *files, **environment)
 
 
-def sanitize() -> str:
+def sanitize(**environment: str) -> str:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return "left out: there is no compute-sanitizer"
@@ -83,14 +94,14 @@ def sanitize() -> str:
     for sanitizer in SANITIZERS:
         outcomes.append(
             run(tool, "--tool", sanitizer, "--error-exitcode", "1", *choice,
-                sys.executable, SANITIZED, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+                sys.executable, SANITIZED, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **environment)
         )  # fmt: skip
     return "passed" if set(outcomes) == {"passed"} else "FAILED"
 
 
-def bench(budget: float) -> str:
-    arguments = ("--device", "cuda", "--budget", str(budget), "--compile", "--no-plots")
-    return run(sys.executable, "-m", "tformer_ext", "bench", *arguments)
+def bench(budget: float, *more: str, **environment: str) -> str:
+    arguments = ("--device", "cuda", "--budget", str(budget), "--compile", "--no-plots", *more)
+    return run(sys.executable, "-m", "tformer_ext", "bench", *arguments, **environment)
 
 
 if __name__ == "__main__":

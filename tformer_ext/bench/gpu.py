@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..arguments import has_cuda_kernels
+from ..explain import explain
 from . import attention, norms
 from .job import OURS, Job
 from .record import Record, best_peer, by_case
@@ -23,6 +24,8 @@ VARIANTS = [
     attention.Problem(16, 32, 1, 128, key_heads=8, keys=8192, kind="decoding"),
     attention.Problem(32, 12, 197, 64, kind="short"),
 ]
+# What about() says of attention where its kernels for sm_90a are asked for.
+SM90A = "sm_90a kernels"
 ROWS = [(65536, 768), (16384, 4096), (8192, 8192)]
 
 
@@ -53,6 +56,8 @@ def jobs() -> Iterator[Job]:
 def about() -> dict[str, str]:
     """What identifies the GPU."""
     properties = torch.cuda.get_device_properties(0)
+    plain = torch.empty(1, 1, 128, 128, dtype=torch.bfloat16, device="cuda")
+    warpgroups = has_cuda_kernels("attention") and "wgmma" in explain(plain, plain, plain).product
     return {
         "gpu": properties.name,
         "compute capability": f"{properties.major}.{properties.minor}",
@@ -60,6 +65,7 @@ def about() -> dict[str, str]:
         "gpu memory": f"{properties.total_memory / 2**30:.0f} GiB",
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
+        "attention": SM90A if warpgroups else "portable kernels",
     }
 
 

@@ -93,7 +93,11 @@ def run(options: argparse.Namespace) -> int:
             tables.print_bars(console, judged)
         if options.against:
             tables.print_changes(console, changed, options.against.name)
-    words = [about["gpu"]] if on_gpu else [about["cpu"], about["isa"]]
+    words = (
+        [about["gpu"], *([gpu.SM90A] if about["attention"] == gpu.SM90A else [])]
+        if on_gpu
+        else [about["cpu"], about["isa"]]
+    )
     stem = re.sub(r"[^a-z0-9]+", "-", " ".join([*words, about["date"][:10]]).lower()).strip("-")
     written = [options.output / f"{stem}.csv"]
     files.write_csv(written[0], about, records)
