@@ -60,9 +60,10 @@ FAULTS = {
     5: "wait for each other",
     6: "not at a multiple of 1024",
     8: "an operand was overwritten",
-    9: "did not make the same products",
+    9: "warps of a warpgroup did not do the same",
     10: "a copy is on its way when the block ends",
     11: "more arrivals than the phase has",
+    12: "warps of a warpgroup did not do the same",
 }
 
 

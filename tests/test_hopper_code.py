@@ -89,7 +89,7 @@ def test_instructions(machine_code, width):
 def test_softmax_runs_beside_a_product(machine_code, width):
     """Between the wait for the scores and that for the values before are all exponents.
 
-    A straight line would let ptxas wait for both at once.
+    In a straight line ptxas would wait for both at once.
     """
     marks = [line for line in machine_code[width] if line.startswith(("WARPGROUP.DEPBAR", "MUFU.EX2"))]
     waits = [n for n, line in enumerate(marks) if "DEPBAR" in line]
@@ -97,3 +97,21 @@ def test_softmax_runs_beside_a_product(machine_code, width):
     assert len(scores) == 1
     following = min(n for n in waits if n > scores[0])
     assert following - scores[0] - 1 >= KEYS[width] // 2
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_registers_are_within_what_each_role_has(machine_code, width):
+    """After setmaxnreg; nothing but spinning waits lies outside of the two stretches."""
+    code = machine_code[width]
+    more, fewer = (
+        next(n for n, line in enumerate(code) if f"USETMAXREG.{kind}" in line) for kind in ("TRY", "DEALLOC")
+    )
+    last = max(n for n, line in enumerate(code) if line.startswith("EXIT"))
+    assert more < fewer < last
+    fetching, multiplying = (32, 160) if width == 64 else (24, 240)
+
+    def highest(lines):
+        return max(int(number) for line in lines for number in re.findall(r"\bR(\d+)\b", line))
+
+    assert highest(code[fewer:last]) < fetching
+    assert highest(code[more:fewer]) < multiplying

@@ -262,7 +262,7 @@ std::string end_asynchronous() {
   for (size_t n = 0; n < warps.size(); ++n) {
     const WarpProducts& warp = warps[n];
     if (warp.groups.size() > 1 || !warp.groups.back().empty()) return "a warp ends with products that run";
-    if (warp.history != warps[n / 4 * 4].history) return "the warps of a warpgroup did not make the same products";
+    if (warp.history != warps[n / 4 * 4].history) return "the warps of a warpgroup did not do the same";
   }
   return {};
 }
@@ -300,6 +300,15 @@ void load_box(const Site& site, void* shared, const TensorMap* map, const int (&
   boxes.push_back({static_cast<char*>(shared), fields, {at[0], at[1], at[2], at[3]}, barrier});
 }
 
+namespace {
+
+// The four warps of a warpgroup have to be at the same place of the source.
+void remember_once(const Site& site) {
+  if (running.thread % kWarp == 0) remember(static_cast<uint64_t>(site.line));
+}
+
+}  // namespace
+
 void change_registers(const Site& site, int count, bool more) {
   const auto give = [](void* const(&)[kWarp]) {
     WarpProducts& mine = own();
@@ -309,6 +318,7 @@ void change_registers(const Site& site, int count, bool more) {
       wake(for_registers);
     }
   };
+  remember_once(site);
   if (running.thread % kWarp == 0) remember(static_cast<uint64_t>(count));
   WarpProducts& mine = own();
   if (more ? count < mine.registers : count > mine.registers) fail(site, "it is the other way round");
@@ -325,14 +335,17 @@ void change_registers(const Site& site, int count, bool more) {
 }
 
 void fence_products(const Site& site) {
+  remember_once(site);
   meet_warp(site, nullptr, [](void* const(&)[kWarp]) { own().fenced = true; });
 }
 
 void commit_products(const Site& site) {
+  remember_once(site);
   meet_warp(site, nullptr, [](void* const(&)[kWarp]) { own().groups.emplace_back(); });
 }
 
 void wait_for_products(const Site& site, int pending) {
+  remember_once(site);
   meet_warp(site, &pending, [](void* const(&operands)[kWarp]) {
     WarpProducts& mine = own();
     mine.fenced = false;  // registers may be touched now

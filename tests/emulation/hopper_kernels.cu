@@ -185,7 +185,7 @@ struct Ring {
 // Planted faults, by n. 0: nobody waits for the copies; 1: the next copy comes while a product reads; 2: a register is
 // read, 3: written, while products add to it; 4: no wgmma_fence; 5: fewer bytes come than were announced; 6: a box at
 // no multiple of 1024; 8: a left operand's register is written too early; 9: one warp makes another product; 10: the
-// block ends with a copy on its way; 11: more arrivals than a phase has.
+// block ends with a copy on its way; 11: more arrivals than a phase has; 12: one warp waits elsewhere.
 struct Faults {
   static constexpr int kThreads = 128;
   static TFORMER_DEVICE void run(const MappedBuffers& p, char* shared) {
@@ -218,6 +218,7 @@ struct Faults {
     float seen = 0;
     if (fault == 2) seen = d[0][3];
     if (fault == 3) d[1][2] = 1;
+    if (fault == 12 && warp() == 1) wgmma_wait<0>();
     wgmma_wait<0>();
     if (fault != 2) seen = d[0][3];
     static_cast<float*>(p.out)[thread_index()] = seen;

@@ -256,17 +256,15 @@ struct HopperForward {
       release(k_handover[buffer_of(passed + n)]);
       const bool grown = weigh(n);
       hold(s);
-      // In a branch: in a straight line ptxas takes the wait before the exponents, which are to run beside the product.
-      if (grown) {
+      // A loop of one pass: in a straight line ptxas takes the wait before the exponents, which are to run beside the
+      // product.
+      do {
         wgmma_wait<0>();
-        hold(o);
-        multiply_rows_by(o, rescale);
-      } else {
-        wgmma_wait<0>();
-        hold(o);
-      }
+      } while (scores.unit < 0);
+      hold(o);
       hold(weights);
       release(v_handover[buffer_of(passed + n - 1)]);
+      if (grown) multiply_rows_by(o, rescale);
       pack(weights, s);
     }
     if (tile.count > 0) {
