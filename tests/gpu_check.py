@@ -37,7 +37,7 @@ def main() -> int:
     if torch.cuda.get_device_capability() == (9, 0):
         steps |= {
             "sm90-tests": lambda: run_tests(r"attention_kernels[,)]|mark\.cuda", **SM90),
-            "sm90-sanitizer": lambda: sanitize(**SM90),
+            "sm90-sanitizer": lambda: sanitize("memcheck", **SM90),  # racecheck knows no copy engine
             "sm90-bench": lambda: bench(options.budget, "--filter", "^attention.*forward", **SM90),
         }
     outcomes = {}
@@ -78,7 +78,7 @@ def run_tests(marks: str = r"[ (](attention_)?kernels[,)]|mark\.cuda", **environ
     return run(sys.executable, "-m", "pytest", "-q", "-m", "cuda", *files, **environment)
 
 
-def sanitize(**environment: str) -> str:
+def sanitize(*tools: str, **environment: str) -> str:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return "left out: there is no compute-sanitizer"
@@ -91,7 +91,7 @@ def sanitize(**environment: str) -> str:
     else:
         return f"left out: compute-sanitizer does not work here: {(trial.stdout + trial.stderr).strip()[-200:]}"
     outcomes = []
-    for sanitizer in SANITIZERS:
+    for sanitizer in tools or SANITIZERS:
         outcomes.append(
             run(tool, "--tool", sanitizer, "--error-exitcode", "1", *choice,
                 sys.executable, SANITIZED, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **environment)

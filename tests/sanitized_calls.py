@@ -24,7 +24,9 @@ def attention():
             key, value = (torch.randn(1, 2, 133, D, dtype=dtype, requires_grad=True) for _ in range(2))
             bias = torch.randn(1, 4, 70, 133, dtype=dtype, requires_grad=True)
             F.attention(query, key, value, bias=bias, **options).sum().backward()
-            F.attention(query[:, :, :1].detach(), key.detach(), value.detach())
+            plain = [t.detach() for t in (query, key, value)]
+            F.attention(plain[0][:, :, :1], *plain[1:])
+            F.attention(*plain, causal=True)
 
 
 if __name__ == "__main__":
