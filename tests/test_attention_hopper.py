@@ -10,7 +10,7 @@ from tolerances import assert_close, assert_gradient_close, farther
 
 from tformer_ext import functional as F
 from tformer_ext import reference
-from tformer_ext.explain import hopper_refusal
+from tformer_ext.explain import _cuda_kernels, hopper_refusal
 
 
 @pytest.fixture
@@ -132,6 +132,20 @@ def test_what_goes_to_the_portable_kernels(hopper):
     assert hopper.moved_boxes() == before
     hopper.set_device(AMPERE, hopper_kernels=True)
     assert why(q, q, q) == "device"
+
+
+def test_what_explain_says(hopper, monkeypatch):
+    from emulation.library import HOPPER
+
+    operator = torch.ops.tformer_emulated._attention_forward_refusal
+    monkeypatch.setattr(torch.ops.tformer_ext, "_attention_forward_refusal", operator)
+    q = torch.randn(1, 2, 70, 64).half()
+    assert _cuda_kernels(q, q, q, {"causal": True}) == ("tensor cores by warpgroups (wgmma), float16 into float32", ())
+    product, (note,) = _cuda_kernels(q, q, q, {"softcap": 2.0})
+    assert product == "tensor cores, float16 into float32" and "softcap" in note
+    assert _cuda_kernels(q.float(), q.float(), q.float(), {}) == ("float32 multiply-add", ())
+    hopper.set_device(HOPPER, hopper_kernels=False)
+    assert "TFORMER_EXT_SM90=1" in _cuda_kernels(q, q, q, {})[1][0]
 
 
 def test_strided_batches_of_one(hopper):

@@ -61,6 +61,7 @@ def explain(query, key, value, **options):
     """
     check.check_qkv(query, key, value)
     check.device_is_served(query)
+    check.head_dims_are_served(query, value)
     _check_options(query, key, value, options)
     notes, call = _copies(query, key, value), _describe(query, key, value, options)
     if query.device.type == "cuda":
