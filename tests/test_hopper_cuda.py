@@ -52,19 +52,20 @@ def test_boxes(hardware):
     assert torch.equal(out, boxes_of(source))
 
 
+# What tensor cores leave off in sums of 64 is some 1e-5; an element in the wrong place is 1 and more.
 @pytest.mark.parametrize("dtype, N", [("bf16", 64), ("bf16", 80), ("bf16", 112), ("f16", 128)])
 @pytest.mark.parametrize("n", [0, 1])
 def test_products_of_shared_operands(dtype, N, n, hardware):
     a, b, c, expected = multiply_shared(dtype, N, n)
     out = run(hardware, f"shared_{dtype}_{N}", a, b, c, n=n, rows=(64, N))
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128), ("bf16", 256)])
 def test_products_of_registers(dtype, N, hardware):
     b, expected = multiply_registers(dtype, N)
     out = run(hardware, f"registers_{dtype}_{N}", b, b, torch.zeros(64, N), rows=(32, 32))
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_ring(hardware):
