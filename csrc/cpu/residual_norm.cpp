@@ -1,7 +1,7 @@
 // Residual LayerNorm / RMSNorm on the CPU: tensors to parameters, rows to threads.
-#include <unistd.h>
-
+#include <fstream>
 #include <initializer_list>
+#include <string>
 #include <tuple>
 
 #include "../host/norm_arguments.h"
@@ -17,14 +17,17 @@ int64_t rows_per_chunk(int64_t M) {
   return std::max((M + kChunks - 1) / kChunks, kRows);
 }
 
-// Bytes of the last-level cache; 32 MiB where the system does not tell.
+// Bytes of the last-level cache that this process sees; 32 MiB where the system does not tell. From sysfs: the C
+// library's sysconf adds up the caches of a whole package, also in a virtual machine that has a part of one of them.
 size_t last_level_cache() {
   static const size_t bytes = [] {
-    long size = -1;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return size > 0 ? static_cast<size_t>(size) : size_t{32} << 20;
+    size_t largest = 0, size = 0;
+    for (int index = 0; index < 8; ++index) {
+      std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+      char unit = 0;
+      if (file >> size >> unit) largest = std::max(largest, size << (unit == 'M' ? 20 : 10));
+    }
+    return largest > 0 ? largest : size_t{32} << 20;
   }();
   return bytes;
 }
