@@ -7,34 +7,44 @@
 namespace tformer::TFORMER_ISA {
 namespace {
 
-// high and low 32 bits of a * b, every lane.
-TFORMER_INLINE void multiply_wide(U32 a, uint32_t b, U32& high, U32& low) {
-  const U64 even = multiply_even(a, b);
-  const U64 odd = multiply_even((U32)((U64)a >> 32), b);
-  const U64 upper = U64{} + 0xffffffff00000000ull;
-  high = (U32)((even >> 32) | (odd & upper));
-  low = (U32)((even & ~upper) | (odd << 32));
-}
+// The keys of all rounds, each in a 64-bit number, to be read into all lanes from memory: from a general register that
+// takes an instruction of the units that shift, which are the busiest.
+struct PhiloxKeys {
+  uint64_t k[kPhiloxRounds][2];
 
+  TFORMER_INLINE explicit PhiloxKeys(uint64_t seed) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (uint64_t (&pair)[2] : k) {
+      pair[0] = k0, pair[1] = k1;
+      k0 += kPhiloxW0, k1 += kPhiloxW1;
+    }
+  }
+};
+
+// The words of as many counters as U32 has lanes. They are worked on in the lower halves of 64-bit lanes, even and odd
+// counters apart: a product leaves its lower word in place and its upper word one shift away, and what lies in the upper
+// halves is ignored by the next product.
 struct Philox {
   U32 word[4];
 
-  TFORMER_INLINE Philox(U32 c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
-    U32 c[4] = {c0, U32{} + c1, U32{} + c2, U32{} + c3};
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 7
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      U32 high0, low0, high1, low1;
-      multiply_wide(c[0], kPhiloxM0, high0, low0);
-      multiply_wide(c[2], kPhiloxM1, high1, low1);
-      c[0] = high1 ^ c[1] ^ k0;
-      c[1] = low1;
-      c[2] = high0 ^ c[3] ^ k1;
-      c[3] = low0;
-      k0 += kPhiloxW0;
-      k1 += kPhiloxW1;
+  TFORMER_INLINE Philox(U32 c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKeys& keys) {
+    U64 c[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+      c[odd][0] = odd ? (U64)c0 >> 32 : (U64)c0;
+      c[odd][1] = U64{} + c1, c[odd][2] = U64{} + c2, c[odd][3] = U64{} + c3;
     }
-    for (int i = 0; i < 4; ++i) word[i] = c[i];
+#pragma GCC unroll 7
+    for (const uint64_t (&k)[2] : keys.k) {
+#pragma GCC unroll 2
+      for (U64(&x)[4] : c) {
+        const U64 product0 = multiply_even((U32)x[0], kPhiloxM0), product1 = multiply_even((U32)x[2], kPhiloxM1);
+        x[0] = (product1 >> 32) ^ x[1] ^ k[0];
+        x[1] = product1;
+        x[2] = (product0 >> 32) ^ x[3] ^ k[1];
+        x[3] = product0;
+      }
+    }
+    for (int i = 0; i < 4; ++i) word[i] = interleave_even((U32)c[0][i], (U32)c[1][i]);
   }
 };
 
@@ -44,28 +54,36 @@ struct DropoutRow {
 };
 
 struct Dropout {
-  uint64_t seed;
+  PhiloxKeys keys;
   uint32_t threshold;
   double scale;  // of what is kept
 
   TFORMER_INLINE Dropout(double p, const int64_t* seed_)
-      : seed(seed_ ? static_cast<uint64_t>(*seed_) : 0), threshold(dropout_threshold(p)), scale(dropout_scale(p)) {}
+      : keys(seed_ ? static_cast<uint64_t>(*seed_) : 0), threshold(dropout_threshold(p)), scale(dropout_scale(p)) {}
 
-  // The random words of the 64 positions from `first`, a multiple of 64.
-  TFORMER_INLINE void words(const DropoutRow& row, int64_t first, uint32_t* out) const {
+  // take(at, words): the random words of the positions from first + at, for all 64 from `first`, a multiple of 64.
+  template <class Take>
+  TFORMER_INLINE void words(const DropoutRow& row, int64_t first, Take&& take) const {
     const uint32_t base = static_cast<uint32_t>(first / kPhiloxBlock * 16);
     for (int c = 0; c < 16; c += kLanes<uint32_t>) {
-      const Philox random(lane_index<uint32_t>() + (base + c), row.c1, row.c2, row.c3, seed);
-      for (int w = 0; w < 4; ++w) store(out + 16 * w + c, random.word[w]);
+      const Philox random(lane_index<uint32_t>() + (base + c), row.c1, row.c2, row.c3, keys);
+      for (int w = 0; w < 4; ++w) take(16 * w + c, random.word[w]);
     }
   }
 
   // factor[j] = scale where position first + j is kept, 0 where it is dropped, for n positions (n <= 64).
   template <class Real>
   TFORMER_INLINE void factors(const DropoutRow& row, int64_t first, int64_t n, Real* factor) const {
-    alignas(64) uint32_t word[kPhiloxBlock];
-    words(row, first, word);
     const Real kept = static_cast<Real>(scale);
+    if constexpr (sizeof(Real) == sizeof(uint32_t)) {
+      if (n == kPhiloxBlock) {
+        words(row, first,
+              [&](int at, U32 word) TFORMER_LAMBDA { store(factor + at, where_at_least(word, threshold, kept)); });
+        return;
+      }
+    }
+    alignas(64) uint32_t word[kPhiloxBlock];
+    words(row, first, [&](int at, U32 some) TFORMER_LAMBDA { store(word + at, some); });
     for (int64_t j = 0; j < n; ++j) factor[j] = word[j] < threshold ? Real(0) : kept;
   }
 };

@@ -16,14 +16,17 @@ struct ResidualNorm {
   static constexpr int L = kLanes<Real>;
 
   const NormParams& p;
+  const Dropout dropout;
   const int64_t whole;  // columns in whole vectors
-  Real *row[2], *keep;  // a row that is written, and the next
+  Real* row[2];         // one that is written, and the next
+  Real* keep;           // the factors of dropout of the 64 columns at work
   size_t bytes;
 
-  ResidualNorm(const NormParams& params, Scratch scratch) : p(params), whole(p.N / L * L) {
-    const int64_t padded = (p.N + kPhiloxBlock - 1) / kPhiloxBlock * kPhiloxBlock;
+  ResidualNorm(const NormParams& params, Scratch scratch)
+      : p(params), dropout(p.dropout_p, p.dropout_seed), whole(p.N / L * L) {
+    const int64_t padded = (p.N + L - 1) / L * L;
     for (Real*& buffer : row) buffer = scratch.take<Real>(padded);
-    keep = scratch.take<Real>(padded);
+    keep = scratch.take<Real>(kPhiloxBlock);
     bytes = scratch.used();
   }
 
@@ -122,11 +125,16 @@ struct ResidualNorm {
     for (int at = 0; at < kBytes; at += kLine) __builtin_prefetch(next + at, 0, 2);
   }
 
-  TFORMER_INLINE void draw_dropout(int64_t i) const {
-    const Dropout dropout(p.dropout_p, p.dropout_seed);
-    const uint64_t r = static_cast<uint64_t>(i);
-    const DropoutRow counter{static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), kPhiloxNormStream};
-    for (int64_t c = 0; c < p.N; c += kPhiloxBlock) dropout.factors(counter, c, kPhiloxBlock, keep + c);
+  // Dropout of the columns from c in row i, h times their factors; whoever works on a row goes through it in order.
+  template <int kCount>
+  TFORMER_INLINE void drop(int64_t i, int64_t c, Vec<Real> (&h)[kCount]) const {
+    static_assert(kPhiloxBlock % (kBlock * L) == 0);
+    if (c % kPhiloxBlock == 0) {
+      const uint64_t r = static_cast<uint64_t>(i);
+      const DropoutRow counter{static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), kPhiloxNormStream};
+      dropout.factors(counter, c, kPhiloxBlock, keep);
+    }
+    for (int u = 0; u < kCount; ++u) h[u] *= load(keep + c % kPhiloxBlock + u * L);
   }
 
   // mean and the mean squared distance from it. The first pass's mean has rounding errors of the size of the row's
@@ -155,6 +163,7 @@ struct ResidualNorm {
 
   // h = residual + dropout(x) of row i, a block at a time: into `row`, and added to `total`.
   struct Reading {
+    int64_t i;
     const T* x;
     const R* residual;
     R* sum;
@@ -162,16 +171,14 @@ struct ResidualNorm {
     Vec<Real> total[kBlock];
   };
   TFORMER_INLINE Reading begin_reading(int64_t i) const {
-    if (p.dropout_p > 0) draw_dropout(i);
-    return {at<T>(p.x, i, p.x_stride), at<R>(p.residual, i, p.residual_stride), at<R>(p.sum, i, p.N), row[i % 2], {}};
+    return {i, at<T>(p.x, i, p.x_stride), at<R>(p.residual, i, p.residual_stride), at<R>(p.sum, i, p.N), row[i % 2],
+            {}};
   }
   template <class Count>
   TFORMER_INLINE void read_block(Reading& to, Count count, int64_t c, int64_t n) const {
     Vec<Real> h[count], other[count];
     read(to.x + c, n, h);
-    if (p.dropout_p > 0) {
-      for (int u = 0; u < count; ++u) h[u] *= load(keep + c + u * L);
-    }
+    if (p.dropout_p > 0) drop(to.i, c, h);
     if (to.residual) {
       read(to.residual + c, n, other);
       for (int u = 0; u < count; ++u) h[u] += other[u];
@@ -264,7 +271,6 @@ struct ResidualNorm {
     const R* dsum = at<R>(p.grad_sum, i, p.grad_sum_stride);
     T* dx = at<T>(p.grad_x, i, p.N);
     R* dresidual = at<R>(p.grad_residual, i, p.N);
-    if (p.dropout_p > 0) draw_dropout(i);
     const Real slope = rstd * mean_gx;
     each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
       Vec<Real> g[count], h[count], other[count];
@@ -282,9 +288,7 @@ struct ResidualNorm {
         for (int u = 0; u < count; ++u) h[u] += other[u];
       }
       if (dresidual) write_result(dresidual + c, n, h);
-      if (p.dropout_p > 0) {
-        for (int u = 0; u < count; ++u) h[u] *= load(keep + c + u * L);
-      }
+      if (p.dropout_p > 0) drop(i, c, h);
       write_result(dx + c, n, h);
     });
   }

@@ -385,6 +385,23 @@ TFORMER_INLINE U64 multiply_even(U32 a, uint32_t b) {
   return ((U64)a & 0xffffffffu) * static_cast<uint64_t>(b);
 #endif
 }
+// x where a lane is at least `least`, 0 elsewhere.
+TFORMER_INLINE F where_at_least(U32 a, uint32_t least, float x) {
+#if defined(__AVX512F__)
+  const __mmask16 found = _mm512_cmpge_epu32_mask((__m512i)a, _mm512_set1_epi32(static_cast<int>(least)));
+  return (F)_mm512_maskz_mov_ps(found, _mm512_set1_ps(x));
+#else
+  return (F)((U32)splat(x) & (U32)(a >= least));
+#endif
+}
+// The even lanes of both: a0 b0 a2 b2 ...
+TFORMER_INLINE U32 interleave_even(U32 a, U32 b) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_mask_shuffle_epi32((__m512i)a, 0xaaaa, (__m512i)b, _MM_PERM_CCAA);
+#else
+  return (U32)(((U64)a & 0xffffffffu) | (U64)b << 32);
+#endif
+}
 
 }  // namespace
 }  // namespace tformer::TFORMER_ISA
