@@ -21,6 +21,7 @@ struct ResidualNorm {
   Real* row[2];         // one that is written, and the next
   Real* keep;           // the factors of dropout of the 64 columns at work
   size_t bytes;
+  int64_t rows_ahead;  // of the row that forward reads: the one to be prefetched; none if all may be in cache
 
   ResidualNorm(const NormParams& params, Scratch scratch)
       : p(params), dropout(p.dropout_p, p.dropout_seed), whole(p.N / L * L) {
@@ -28,6 +29,9 @@ struct ResidualNorm {
     for (Real*& buffer : row) buffer = scratch.take<Real>(padded);
     keep = scratch.take<Real>(kPhiloxBlock);
     bytes = scratch.used();
+    constexpr int64_t kBytesAhead = 4096, kSecondLevel = 1 << 20;
+    const int64_t row_bytes = p.N * static_cast<int64_t>(sizeof(T));
+    rows_ahead = p.M * row_bytes < kSecondLevel ? p.M : 1 + kBytesAhead / (row_bytes + 1);
   }
 
   void forward(int64_t begin, int64_t end) const {
@@ -177,6 +181,8 @@ struct ResidualNorm {
   template <class Count>
   TFORMER_INLINE void read_block(Reading& to, Count count, int64_t c, int64_t n) const {
     Vec<Real> h[count], other[count];
+    prefetch_ahead(to.x, p.x_stride, c, to.i, rows_ahead);
+    prefetch_ahead(to.residual, p.residual_stride, c, to.i, rows_ahead);
     read(to.x + c, n, h);
     if (p.dropout_p > 0) drop(to.i, c, h);
     if (to.residual) {
@@ -228,12 +234,13 @@ struct ResidualNorm {
   // xhat = (h - mean) rstd, g = weight dy: dh = rstd (g - mean(g) - xhat mean(g xhat)); mean(g) is absent for RMS.
   template <int kRows>
   TFORMER_INLINE void backward_rows(int64_t i, Real* dw, Real* db) const {
-    const R* saved[kRows];
+    const R *saved[kRows], *dsum[kRows];
     const T* dy[kRows];
     Real mean[kRows], rstd[kRows];
     Vec<Real> sum_g[kRows] = {}, sum_gx[kRows] = {};
     for (int r = 0; r < kRows; ++r) {
       saved[r] = at<R>(p.saved, i + r, p.saved_stride), dy[r] = at<T>(p.grad_y, i + r, p.grad_y_stride);
+      dsum[r] = at<R>(p.grad_sum, i + r, p.grad_sum_stride);
       mean[r] = p.rms ? Real(0) : static_cast<const Real*>(p.mean)[i + r];
       rstd[r] = static_cast<const Real*>(p.rstd)[i + r];
     }
@@ -255,26 +262,33 @@ struct ResidualNorm {
       if (dw) write(dw + c, n, for_w);
       if (db) write(db + c, n, for_b);
     };
-    for (int64_t c = 0; c < whole; c += L) first_pass(c, L);
+    int64_t c = 0;
+    for (; c + kBlock * L <= p.N; c += kBlock * L) {
+      for (int r = 0; r < kRows; ++r) {  // what the second pass reads of this row, and this one of a later row
+        prefetch_ahead(dsum[r], p.grad_sum_stride, c, i + r, 0);
+        prefetch_ahead(dy[r], p.grad_y_stride, c, i + r, kRows);
+      }
+      for (int u = 0; u < kBlock; ++u) first_pass(c + u * L, L);
+    }
+    for (; c < whole; c += L) first_pass(c, L);
     if (whole < p.N) first_pass(whole, p.N - whole);
     const Real count = static_cast<Real>(p.N);
     for (int r = 0; r < kRows; ++r) {
       const Real mean_g = p.rms ? Real(0) : sum_lanes<Real>(sum_g[r]) / count;
-      write_gradients(i + r, kRows, saved[r], dy[r], mean[r], rstd[r], mean_g, sum_lanes<Real>(sum_gx[r]) / count);
+      write_gradients(i + r, kRows, saved[r], dy[r], dsum[r], mean[r], rstd[r], mean_g,
+                      sum_lanes<Real>(sum_gx[r]) / count);
     }
   }
 
   // ahead: rows from i to the one that is read at this place next.
-  TFORMER_INLINE void write_gradients(int64_t i, int64_t ahead, const R* saved, const T* dy, Real mean, Real rstd,
-                                      Real mean_g, Real mean_gx) const {
+  TFORMER_INLINE void write_gradients(int64_t i, int64_t ahead, const R* saved, const T* dy, const R* dsum, Real mean,
+                                      Real rstd, Real mean_g, Real mean_gx) const {
     const Real* weight = static_cast<const Real*>(p.weight);
-    const R* dsum = at<R>(p.grad_sum, i, p.grad_sum_stride);
     T* dx = at<T>(p.grad_x, i, p.N);
     R* dresidual = at<R>(p.grad_residual, i, p.N);
     const Real slope = rstd * mean_gx;
     each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
       Vec<Real> g[count], h[count], other[count];
-      prefetch_ahead(dy, p.grad_y_stride, c, i, ahead);
       prefetch_ahead(saved, p.saved_stride, c, i, ahead);
       read(dy + c, n, g);
       read(saved + c, n, h);
