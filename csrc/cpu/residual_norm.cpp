@@ -108,27 +108,10 @@ Tensor residual_norm_inference(Tensor x, OptionalTensor residual, OptionalTensor
   return y;
 }
 
-// Partials (chunks, N) added in order.
-template <class Real>
-void sum_partials(const Real* partial, int64_t chunks, int64_t N, Real* out) {
-  std::vector<double> sum(static_cast<size_t>(N));
-  double* s = sum.data();
-  for (int64_t n = 0; n < chunks; ++n, partial += N) {
-    for (int64_t c = 0; c < N; ++c) s[c] += static_cast<double>(partial[c]);
-  }
-  for (int64_t c = 0; c < N; ++c) out[c] = static_cast<Real>(s[c]);
-}
-
 Tensor summed(const Tensor& partial, DType dtype, ScalarType type) {
   const int64_t chunks = partial.size(0), N = partial.size(1);
   Tensor out = empty({N}, partial.scalar_type(), partial);
-  if (dtype == DType::f64) {
-    sum_partials(static_cast<const double*>(partial.const_data_ptr()), chunks, N,
-                 static_cast<double*>(out.mutable_data_ptr()));
-  } else {
-    sum_partials(static_cast<const float*>(partial.const_data_ptr()), chunks, N,
-                 static_cast<float*>(out.mutable_data_ptr()));
-  }
+  cpu_kernels().norm_sum(dtype, partial.const_data_ptr(), chunks, N, out.mutable_data_ptr());
   return type == out.scalar_type() ? out : torch::stable::to(out, type);
 }
 

@@ -69,6 +69,14 @@ void norm_backward(const NormParams& p, int64_t chunk, void* scratch) {
                  [&](auto x, auto r) { ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).backward(chunk); });
 }
 
+void norm_sum(DType dtype, const void* partial, int64_t chunks, int64_t N, void* out) {
+  if (dtype == DType::f64) {
+    sum_partials(static_cast<const double*>(partial), chunks, N, static_cast<double*>(out));
+  } else {
+    sum_partials(static_cast<const float*>(partial), chunks, N, static_cast<float*>(out));
+  }
+}
+
 size_t norm_scratch(const NormParams& p) {
   return for_norm_types(
       p, [&](auto x, auto r) { return ResidualNorm<decltype(x), decltype(r)>(p, Scratch(nullptr)).bytes; });
@@ -98,6 +106,7 @@ const CpuKernels kernels = {TFORMER_NAME(TFORMER_ISA),
                             attention_backward_scratch,
                             norm_forward,
                             norm_backward,
+                            norm_sum,
                             norm_scratch,
                             fma_operations_of,
                             exp_operations_of};

@@ -308,5 +308,28 @@ struct ResidualNorm {
   }
 };
 
+// out[c] = the sum of partial (chunks, N) over the chunks, in their order and in double precision.
+template <class Real>
+void sum_partials(const Real* partial, int64_t chunks, int64_t N, Real* out) {
+  constexpr int kVectors = 8, kColumns = kLanes<double>;
+  using Narrow = VecN<Real, kColumns>;
+  int64_t c = 0;
+  for (; c + kVectors * kColumns <= N; c += kVectors * kColumns) {
+    Vec<double> sum[kVectors] = {};
+    for (int64_t n = 0; n < chunks; ++n) {
+      const Real* from = partial + n * N + c;
+      for (int u = 0; u < kVectors; ++u) {
+        sum[u] += __builtin_convertvector(load_bytes<Narrow>(from + u * kColumns), Vec<double>);
+      }
+    }
+    for (int u = 0; u < kVectors; ++u) store(out + c + u * kColumns, __builtin_convertvector(sum[u], Narrow));
+  }
+  for (; c < N; ++c) {
+    double sum = 0;
+    for (int64_t n = 0; n < chunks; ++n) sum += static_cast<double>(partial[n * N + c]);
+    out[c] = static_cast<Real>(sum);
+  }
+}
+
 }  // namespace
 }  // namespace tformer::TFORMER_ISA
