@@ -22,8 +22,8 @@ struct PhiloxKeys {
 };
 
 // The words of as many counters as U32 has lanes. They are worked on in the lower halves of 64-bit lanes, even and odd
-// counters apart: a product leaves its lower word in place and its upper word one shift away, and what lies in the upper
-// halves is ignored by the next product.
+// counters apart: a product leaves its lower word in place and its upper word one shift away, and what lies in the
+// upper halves is ignored by the next product.
 struct Philox {
   U32 word[4];
 
