@@ -18,6 +18,7 @@ from torch import nn
 import tformer_ext as tx
 
 PAD, START, END = 0, 1, 2  # ids of the special tokens of every tokenizer made here
+UNKNOWN = 3  # of train_words only
 SAVE_EVERY = 100
 
 console = Console(highlight=False, width=None if Console().is_terminal else 120)
@@ -90,6 +91,17 @@ def train_tokenizer(texts, size):
     return tokenizer
 
 
+def train_words(texts, size):
+    """A tokenizer of the `size` most frequent words; signs are words too, all others are UNKNOWN."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unknown>"))
+    word = tokenizers.Regex(r"\w+([-'.]\w+)*|[^\w\s]")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(word, "removed", invert=True)
+    special = ["<pad>", "<start>", "<end>", "<unknown>"]
+    trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
 def widen(t):
     """In float32 at least, whatever autocast made of it."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
@@ -144,10 +156,10 @@ class Checkpoint:
     def step(self):
         return self.state.get("step", 0)
 
-    def tokenizer(self, texts, size):
+    def tokenizer(self, texts, size, train=train_tokenizer):
         """The tokenizer in the file, else a new one."""
         if "tokenizer" not in self.state:
-            self.state["tokenizer"] = train_tokenizer(texts, size).to_str()
+            self.state["tokenizer"] = train(texts, size).to_str()
         return tokenizers.Tokenizer.from_str(self.state["tokenizer"])
 
     def save(self, **state):

@@ -16,7 +16,7 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "idleli
 LENGTH_OF_PART = 400  # characters of parameters that come with one question
 DEFAULT = re.compile(r"\bdefaults?(?: (?:is|to|value)|[:=])* ?[`'\"]*([\w.+-]+)", re.IGNORECASE)
 
-Docstring = namedtuple("Docstring", "package name text")  # name: of the function or class
+Docstring = namedtuple("Docstring", "package name text owner", defaults=[""])  # owner: the class of a method
 Parameter = namedtuple("Parameter", "name entry type meaning")  # all but the name: (first, last + 1) in the text
 Question = namedtuple("Question", "function words text span")  # span: (first, last + 1) character of the answer
 
@@ -48,12 +48,14 @@ def read_docstrings(packages=PACKAGES):
                 tree = ast.parse(path.read_text(encoding="utf-8"))
             except (SyntaxError, UnicodeDecodeError):  # templates and files of other Python versions
                 continue
+            classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+            owners = {member: node.name for node in classes for member in node.body}
             for node in ast.walk(tree):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                     text = ast.get_docstring(node)
                     if text and text not in seen:
                         seen.add(text)
-                        yield Docstring(package, node.name, text)
+                        yield Docstring(package, node.name, text, owners.get(node, ""))
 
 
 def words_of_name(name):
@@ -77,11 +79,12 @@ def paragraphs(text):
 
 
 def summary_and_rest(docstring):
-    """(first sentence, name and remaining prose), or None where the docstring has no summary of its own."""
+    """(first sentence, "class, name: remaining prose"), or None where the docstring has no summary of its own."""
     first, *rest = [*paragraphs(docstring.text), ""]
     rest = " ".join(rest).strip()
     if re.fullmatch(r"[A-Z][^.]{15,110}\.", first) and len(rest.split()) >= 12 and len(first.split()) >= 4:
-        return first, f"{words_of_name(docstring.name)}: {rest}"
+        names = filter(None, map(words_of_name, (docstring.owner, docstring.name)))
+        return first, f"{', '.join(names)}: {rest}"
     return None
 
 

@@ -1,10 +1,10 @@
 """The encoder-decoder of translation.py and summarization.py, and its search for the best output."""
 
 import torch
-from common import END, PAD, START, pad, widen
+from common import END, PAD, START, UNKNOWN, pad, widen
 from simple_transformer import TokenEmbedding
 from torch import nn
-from torch.nn.functional import linear, nll_loss
+from torch.nn import functional
 
 import tformer_ext as tx
 
@@ -14,6 +14,8 @@ class Seq2Seq(nn.Module):
 
     The copying is that of See et al. 2017 ("Get To The Point"): one more attention over the source, whose weights are
     probabilities of the source's tokens, and a gate between the two. Names and rare words so need not be learned.
+
+    Ids from `vocabulary` on are words that only this one source has: they are read as UNKNOWN and may be copied.
 
     modules: torch.nn or tformer_ext; both have the classes used here, with the same arguments and weights.
     """
@@ -31,12 +33,15 @@ class Seq2Seq(nn.Module):
         self.copy_query = nn.Linear(d_model, d_model)
         self.copy_gate = nn.Linear(d_model, 1)
 
+    def known(self, ids):
+        return ids.masked_fill(ids >= self.embed.embedding.num_embeddings, UNKNOWN)
+
     def encode(self, source):
         """Memory (B, S, d_model) of source ids (B, S)."""
-        return self.encoder(self.embed(source), src_key_padding_mask=source == PAD)
+        return self.encoder(self.embed(self.known(source)), src_key_padding_mask=source == PAD)
 
     def decode(self, target, memory, source, cache=None):
-        """Log-probabilities (B, T, vocabulary) of what follows each of target (B, T).
+        """Log-probabilities (B, T, vocabulary and the source's own words) of what follows each of target (B, T).
 
         With a cache (tx.KeyValueCache) target holds only the positions that came since the call before.
         """
@@ -44,14 +49,15 @@ class Seq2Seq(nn.Module):
         # A cache makes self-attention causal by itself.
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1]) if cache is None else None
         x = self.decoder(
-            self.embed(target, start),
+            self.embed(self.known(target), start),
             memory,
             tgt_mask=mask,
             tgt_is_causal=mask is not None,
             memory_key_padding_mask=source == PAD,
             **({} if cache is None else {"cache": cache}),
         )
-        words = widen(linear(x, self.embed.embedding.weight)).softmax(-1)
+        words = widen(functional.linear(x, self.embed.embedding.weight)).softmax(-1)
+        words = functional.pad(words, (0, max(0, int(source.max()) + 1 - words.shape[-1])))
         scores = widen(self.copy_query(x) @ memory.mT) * x.shape[-1] ** -0.5
         copied = scores.masked_fill((source == PAD)[:, None], -torch.inf).softmax(-1)
         gate = widen(self.copy_gate(x)).sigmoid()
@@ -68,28 +74,31 @@ def loss_of(model, batch):
     source = pad([source for source, _ in batch])
     given, wanted = pad([[START, *target] for _, target in batch]), pad([[*target, END] for _, target in batch])
     log_p = model.decode(given, model.encode(source), source)
-    return nll_loss(log_p.flatten(0, 1), wanted.flatten(), ignore_index=PAD)
+    return functional.nll_loss(log_p.flatten(0, 1), wanted.flatten(), ignore_index=PAD)
 
 
 @torch.inference_mode()
-def search(model, source, beams=1, max_length=48, length_power=0.7):
+def search(model, source, beams=1, max_length=48, length_power=0.7, forbidden=(PAD, START), repeat=True):
     """The outputs (lists of ids without START and END) found by beam search for source ids (B, S); 1 beam is greedy.
 
     At each step the `beams` most probable beginnings of each source are kept. In the end the best one is that with the
-    highest log-probability over (length ** length_power).
+    highest log-probability over (length ** length_power). `forbidden` ids are never put out; with repeat=False no three
+    ids follow each other twice.
     """
     batch, memory, cache = len(source), model.encode(source), model.new_cache()
     tokens = torch.full((batch, 1), START)
-    total = torch.zeros(
-        batch, 1
-    )  # log-probability of each beginning: (B, beginnings), and B * beginnings rows elsewhere
+    # The log-probability of each beginning: (B, beginnings). Elsewhere they are B * beginnings rows.
+    total = torch.zeros(batch, 1)
     for _ in range(max_length):
         given = tokens if cache is None else tokens[:, -1:]
         log_p = model.decode(given, memory, source, cache)[:, -1]
+        log_p[:, list(forbidden)] = -torch.inf
+        if not repeat:
+            same = (tokens[:, :-2] == tokens[:, -2:-1]) & (tokens[:, 1:-1] == tokens[:, -1:])
+            log_p.masked_fill_(torch.zeros_like(log_p).scatter_add_(1, tokens[:, 2:], same.to(log_p)) > 0, -torch.inf)
         ended = (tokens == END).any(1)
         log_p[ended] = -torch.inf
         log_p[ended, END] = 0.0  # an output that has ended stays as it is
-        log_p[:, [PAD, START]] = -torch.inf
         scores = (total.flatten()[:, None] + log_p).unflatten(0, (batch, -1)).flatten(1)
         total, index = scores.topk(min(beams, scores.shape[1]))
         rows = torch.arange(batch)[:, None] * (len(tokens) // batch) + index // log_p.shape[1]

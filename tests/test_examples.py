@@ -82,6 +82,32 @@ def test_summary_and_rest():
     assert rest.startswith("add some numbers: A longer text with code and stress, so that there are more than")
     assert "---" not in rest and "`" not in rest
     assert docstrings.summary_and_rest(docstrings.Docstring("p", "f", "Add some numbers.")) is None
+    _, rest = docstrings.summary_and_rest(docstrings.Docstring("p", "add", NUMPYDOC, "RingOfNumbers"))
+    assert rest.startswith("ring of numbers, add: A longer text")
+
+
+def test_no_summary_and_no_text_occurs_twice(monkeypatch):
+    changed = NUMPYDOC.replace("numbers together.", "Numbers, together.")  # the same summary but for case and signs
+    same_text = NUMPYDOC.replace("Add some numbers together.", "Add up what is given.")
+    new = changed.replace("Add", "Multiply").replace("longer", "quite different")
+    read = [docstrings.Docstring("p", f"f{i}", text) for i, text in enumerate((NUMPYDOC, changed, same_text, new))]
+    monkeypatch.setattr(summarization, "read_docstrings", lambda packages: read)
+    summaries = [summary for _, summary in summarization.read_documents(["p"])]
+    assert len(summaries) == 2 and summaries[1] == "Multiply some Numbers, together."
+
+
+def test_words_that_the_vocabulary_lacks_come_from_the_text():
+    text, summary = (
+        "add up: Values of add_up (a fused-add), in all, of Zed.",
+        "Sum the values with add_up (fused-add) or Qux.",
+    )
+    words = summarization.Words(common.train_words(["sum values the with of all or ( ) , . :"], 100))
+    ids, own = words.encode(text)
+    assert own == ["add", "up", "Values", "add_up", "a", "fused-add", "in", "Zed"] and max(ids) == words.size + 7
+    assert words.decode(ids, own) == "Add up: Values of add_up (a fused-add), in all, of Zed."
+    wanted = words.encode_summary(summary, own)
+    assert wanted.count(common.UNKNOWN) == 1  # Qux, which is neither here nor there
+    assert words.decode(wanted, own) == "Sum the values with add_up (fused-add) or <unknown>."
 
 
 def test_docstrings_are_read_without_running_anything(tmp_path, monkeypatch):
@@ -93,7 +119,7 @@ def test_docstrings_are_read_without_running_anything(tmp_path, monkeypatch):
     (tmp_path / "b.py").write_text("not Python {{ at all")
     (tmp_path / "c.py").write_text('async def g():\n    """More\n\n    text."""\n')
     monkeypatch.setattr(docstrings, "package_folder", lambda package: tmp_path)
-    assert list(docstrings.read_docstrings(["p"])) == [("p", "A", "Text."), ("p", "g", "More\n\ntext.")]
+    assert list(docstrings.read_docstrings(["p"])) == [("p", "A", "Text.", ""), ("p", "g", "More\n\ntext.", "")]
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -269,6 +295,38 @@ def test_one_beam_takes_the_likeliest_token_each_time(modules):
     assert seq2seq.search_all(model, []) == []
 
 
+def test_search_keeps_to_what_is_allowed():
+    model, source = tiny(), torch.tensor([[3, 4, 5], [5, 3, 0]])
+    for beams in (1, 4):
+        found = seq2seq.search(
+            model, source, beams, max_length=12, forbidden=(common.PAD, common.START, 4), repeat=False
+        )
+        for output in found:
+            triples = list(itertools.pairwise(itertools.pairwise(output)))
+            assert 4 not in output and len(triples) == len(set(triples))
+
+
+def test_copying_a_word_that_the_vocabulary_lacks_is_learned():
+    torch.manual_seed(0)
+    model, generator = seq2seq.Seq2Seq(tx, 12, 32, 1, dropout=0.0), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+
+    def example():  # the output is the one word of the source beyond the 12, and then 5
+        source = torch.randint(4, 12, (6,), generator=generator).tolist()
+        place, own = torch.randint(6, (2,), generator=generator).tolist()
+        source[place] = 12 + own
+        return source, [12 + own, 5]
+
+    losses = [
+        common.training_step(model, seq2seq.loss_of, [example() for _ in range(32)], optimizer, options())
+        for _ in range(150)
+    ]
+    assert losses[-1] < 0.1 < losses[0]
+    sources, targets = zip(*[example() for _ in range(40)], strict=True)
+    outputs = seq2seq.search_all(model.eval(), sources, beams=2, max_length=4)
+    assert sum(map(list.__eq__, outputs, targets)) >= 38
+
+
 def test_an_empty_phrase_is_translated_too():
     tokenizer = common.train_tokenizer(["some text"], 300)
     (output,) = translation.translate(tiny(vocabulary=tokenizer.get_vocab_size()), tokenizer, [""], options(), beams=2)
@@ -359,6 +417,35 @@ def test_bad_arguments_are_named(script, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+# What is shown
+
+
+def test_figures_are_those_of_the_outputs(capsys):
+    pairs = [("chat", "Le chat dort ici."), ("tree", "Un arbre.")]
+    translation.show(pairs, ["Le chat dort ici.", "Un arbre."], ["Le chat dort ici.", "..."])
+    documents = [("cat, sleep: It is a cat.", "Sleep."), ("dog, bark: Of dogs.", "Make a noise.")]
+    summarization.show(documents, ["Sleep.", "Make a noise."], ["Sleep.", "Bark."])
+    probabilities = torch.tensor([[0.9, 0.1]] * 8 + [[0.2, 0.8]] * 2)
+    simple_transformer.show(["a text"] * 10, [0] * 6 + [1] * 4, probabilities, ("numpy", "scipy"))
+    questions = [
+        docstrings.Question("f", "What type has a?", "a : int, b : big int", span) for span in [(4, 7), (13, 20)]
+    ]
+    question_answering.show(questions * 12, ["int", "int"] * 12, {"int"})
+    printed = capsys.readouterr().out
+    for expected in (
+        "greedy: chrF 100.0, 100 % the same as the reference (2 phrases)",
+        ", 50 % the same as the reference (2 phrases)",
+        "greedy: ROUGE-1 100.0, ROUGE-L 100.0 (2 documents)",
+        "beam search: ROUGE-1 50.0, ROUGE-L 50.0 (2 documents)",
+        "the name alone: ROUGE-1 50.0, ROUGE-L 50.0 (2 documents)",
+        "the names of class and function: ROUGE-1 33.3, ROUGE-L 33.3 (2 documents)",
+        "accuracy 80.0 %; always the largest package: 60.0 %",
+        "all: exact match 50.0 %, F1 83.3 % (24 questions)",
+        "answers that no training question has: exact match 0.0 %, F1 66.7 % (12 questions)",
+    ):
+        assert expected in printed, expected
+
+
 # The scripts as a whole
 
 PROMISED = {
@@ -393,6 +480,9 @@ def test_script_runs_and_its_checkpoint_gives_the_same_results(script, tmp_path)
         "million parameters",
     ):
         assert shown in printed, shown
+    if script == "simple_transformer":  # the task that 30 steps suffice for
+        accuracy, majority = re.search(r"accuracy ([\d.]+) %; always the largest package: ([\d.]+) %", printed).groups()
+        assert float(accuracy) > float(majority) + 10
     losses = [float(number) for number in re.search(r"^loss: (.*);", printed, re.MULTILINE)[1].split(" -> ")]
     assert losses[-1] < losses[0]
 
