@@ -120,7 +120,7 @@ def show(questions, answers, seen):
 
 
 def main(argv=None):
-    options = common.parse_options(__doc__, "question_answering", 2000, 60, argv)
+    options = common.parse_options(__doc__, "question_answering", 1600, 60, argv)
     packages = ("networkx", "numpy") if options.quick else tuple(p for p in PACKAGES if p != "stdlib")
     d_model, layers, held_out_size = (64, 1, 20) if options.quick else (128, 3, HELD_OUT)
     functions = list(read_questions(packages))

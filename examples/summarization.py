@@ -88,7 +88,7 @@ def show(held_out, greedy, beam):
 
 
 def main(argv=None):
-    options = common.parse_options(__doc__, "summarization", 2400, 40, argv)
+    options = common.parse_options(__doc__, "summarization", 2000, 40, argv)
     packages = ("networkx", "numpy") if options.quick else PACKAGES
     d_model, layers, held_out_size = (64, 1, 40) if options.quick else (192, 2, HELD_OUT)
     documents = read_documents(packages)

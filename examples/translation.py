@@ -78,7 +78,7 @@ def show(held_out, greedy, beam):
 
 def main(argv=None):
     options = common.parse_options(
-        __doc__, "translation", 1500, 60, argv, text="phrases to translate, after the training"
+        __doc__, "translation", 1200, 60, argv, text="phrases to translate, after the training"
     )
     d_model, layers, held_out_size = (64, 1, 40) if options.quick else (192, 3, HELD_OUT)
     held_out, pairs = split(read_catalogue(), held_out_size, options.seed)
