@@ -1,8 +1,8 @@
 """English to French: an encoder-decoder learns the phrases of a program's windows and menus.
 
 The text: the French gettext catalogue of Gramps, a genealogy program from PyPI whose 6800 messages its translators keep
-up to date: some thousand pairs of short phrases. Nothing is downloaded. A step takes 0.19 s on two cores, 1200 are
-taken.
+up to date: some thousand pairs of short phrases. Nothing is downloaded. A step takes 0.22 s on two cores, 1200 are
+taken; chrF is 60 then.
 """
 
 import gettext
