@@ -4,8 +4,8 @@
 that say it: an encoder with a head for the first and one for the last token of the answer.
 
 The text: docstrings of six installed packages (see docstrings.py) in numpydoc's form, whose parts tell questions and
-answers. Nothing is downloaded. After the 1600 steps, a few minutes on two cores, 75 % of
-the answers are exactly right.
+answers. Nothing is downloaded. A step takes 0.12 s on two cores, 1600 are taken; 75 % of the
+answers are exactly right then.
 """
 
 import random

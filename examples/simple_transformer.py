@@ -3,8 +3,8 @@
 A small Transformer encoder learns to tell, from the prose of a docstring, which of seven packages it documents.
 
 The text: docstrings of the standard library and of six packages that are installed (see docstrings.py); the packages'
-own names are struck out. Nothing is downloaded. After the 800 steps, a few minutes on two cores, 88 % of
-the texts are told right.
+own names are struck out. Nothing is downloaded. A step takes 0.16 s on two cores, 800 are
+taken; 88 % of the texts are told right then.
 """
 
 import math
