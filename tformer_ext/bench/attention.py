@@ -144,8 +144,12 @@ def make_contenders(problem: Problem, dtype: torch.dtype, direction: str, option
     grad_out = random(p.B, p.H, p.S, p.D)
     made = []
     for name, call in calls.items():
-        run = _backward(call, leaves, grad_out) if backward else _without_gradient(call)
-        made.append(Contender(name, run, compiles=name.startswith("compiled")))
+        compiles = name.startswith("compiled")
+        if backward:
+            prepare, run = _backward(call, leaves, grad_out)
+            made.append(Contender(name, run, prepare, compiles=compiles))
+        else:
+            made.append(Contender(name, _without_gradient(call), compiles=compiles))
     return made
 
 
@@ -157,16 +161,15 @@ def _without_gradient(call: Callable) -> Callable:
     return run
 
 
-def _backward(call: Callable, leaves: list[torch.Tensor], grad_out: torch.Tensor) -> Callable:
-    """Only the backward pass: the forward runs once, before the first."""
+def _backward(call: Callable, leaves: list[torch.Tensor], grad_out: torch.Tensor) -> tuple[Callable, Callable]:
+    """The forward, run once and not timed, and the backward alone."""
     graph = []
 
-    def run():
+    def prepare():
         if not graph:
             graph.append(call())
-        return torch.autograd.grad(graph[0], leaves, grad_out, retain_graph=True)
 
-    return run
+    return prepare, lambda: torch.autograd.grad(graph[0], leaves, grad_out, retain_graph=True)
 
 
 def _mask(p: Problem, device: str = "cpu") -> torch.Tensor | None:
