@@ -134,9 +134,25 @@ Work forward_work(const AttentionParams& p) {
   return work;
 }
 
+// Batch entries and query heads that share the gradient of a bias with a query dimension. One task takes all of them, in
+// order: the sum then needs no second buffer and has one order.
+struct Sharing {
+  int64_t batches = 1, heads = 1;
+
+  Sharing(const AttentionParams& p, bool bias_has_rows) {
+    if (!p.grad_bias || !bias_has_rows) return;
+    if (p.grad_bias_stride[0] == 0) batches = std::max<int64_t>(p.B, 1);
+    if (p.grad_bias_stride[1] == 0) heads = p.Hq;
+  }
+};
+
 // dk and dv of a range of keys; with dq as well where one task has the whole head.
-void add_key_tasks(const AttentionParams& p, Work& work, int64_t parts, bool with_dq, bool with_dbias) {
-  const Neighbours near(p, parts);
+void add_key_tasks(const AttentionParams& p, Work& work, int64_t parts, const Sharing& shared, bool with_dq,
+                   bool with_dbias) {
+  Neighbours near(p, parts);
+  if (with_dq && shared.batches * shared.heads > 1) {
+    near.batches = shared.batches, near.heads = std::max(shared.heads, p.Hq / p.Hk);
+  }
   for (int64_t b = 0; b < p.B; b += near.batches) {
     const int64_t b_end = std::min(b + near.batches, p.B);
     const Sequence s = sequence_of(p, b);
@@ -156,40 +172,37 @@ void add_key_tasks(const AttentionParams& p, Work& work, int64_t parts, bool wit
   }
 }
 
-// dq of a range of rows. Where a bias with a query dimension is shared by batches or heads, one task takes all that
-// share it, in order: the sum then needs no second buffer and has one order.
-void add_query_tasks(const AttentionParams& p, Work& work, int64_t parts, bool with_dbias) {
-  const int64_t b_step = with_dbias && p.grad_bias_stride[0] == 0 ? p.B : 1;
-  const int64_t h_step = with_dbias && p.grad_bias_stride[1] == 0 ? p.Hq : 1;
-  for (int64_t b = 0; b < p.B; b += b_step) {
+// dq of a range of rows.
+void add_query_tasks(const AttentionParams& p, Work& work, int64_t parts, const Sharing& shared, bool with_dbias) {
+  for (int64_t b = 0; b < p.B; b += shared.batches) {
     const Sequence s = sequence_of(p, b);
     const int64_t rows = std::max(round_up((s.Sq + parts - 1) / parts, kRowsUnit), kRowsUnit);
-    for (int64_t h = 0; h < p.Hq; h += h_step) {
+    for (int64_t h = 0; h < p.Hq; h += shared.heads) {
       for (int64_t i = 0; i < s.Sq; i += rows) {
         const int64_t end = std::min(i + rows, s.Sq);
-        const double width = static_cast<double>(b_step * h_step * (p.D + p.Dv));
-        work.add({b, b + b_step, h, h + h_step, i, end, 0, p.cu_seqlens_k ? s.Sk : p.Sk, true, false, with_dbias},
+        const double width = static_cast<double>(shared.batches * shared.heads * (p.D + p.Dv));
+        work.add({b, b + shared.batches, h, h + shared.heads, i, end, 0, p.cu_seqlens_k ? s.Sk : p.Sk, true, false,
+                  with_dbias},
                  width * 1.5 * visible_pairs(p, s, i, end));
       }
     }
   }
 }
 
-// One pass of five products over whole heads where those keep the threads busy and nothing shared has to be summed;
-// otherwise dq apart from dk and dv (seven products). Both give the same bits.
+// One pass of five products over whole heads where those keep the threads busy; otherwise dq apart from dk and dv (seven
+// products). Both give the same bits.
 Work backward_work(const AttentionParams& p, bool bias_has_rows) {
   Work work;
-  const bool shared_bias = p.grad_bias && bias_has_rows && (p.grad_bias_stride[0] == 0 || p.grad_bias_stride[1] == 0);
-  const int64_t heads = p.B * p.Hk, threads = thread_count();
-  const double rounds = std::ceil(static_cast<double>(heads) / static_cast<double>(threads));
-  const bool busy = rounds * static_cast<double>(threads) < 1.4 * static_cast<double>(heads);
-  if (busy && !shared_bias) {
-    add_key_tasks(p, work, 1, true, p.grad_bias != nullptr);
+  const Sharing shared(p, bias_has_rows);
+  const int64_t pieces = p.B / shared.batches * (shared.heads == 1 ? p.Hk : 1), threads = thread_count();
+  const double rounds = std::ceil(static_cast<double>(pieces) / static_cast<double>(threads));
+  const bool busy = rounds * static_cast<double>(threads) < 1.4 * static_cast<double>(pieces);
+  if (busy) {
+    add_key_tasks(p, work, 1, shared, true, p.grad_bias != nullptr);
   } else {
-    add_key_tasks(p, work, parts_for(heads), false, p.grad_bias && !bias_has_rows);
-    const int64_t pieces =
-        shared_bias ? (p.grad_bias_stride[0] ? p.B : 1) * (p.grad_bias_stride[1] ? p.Hq : 1) : p.B * p.Hq;
-    add_query_tasks(p, work, parts_for(pieces), p.grad_bias && bias_has_rows);
+    add_key_tasks(p, work, parts_for(p.B * p.Hk), shared, false, p.grad_bias && !bias_has_rows);
+    add_query_tasks(p, work, parts_for(p.B / shared.batches * (p.Hq / shared.heads)), shared,
+                    p.grad_bias && bias_has_rows);
   }
   work.sort();
   return work;
