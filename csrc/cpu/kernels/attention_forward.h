@@ -129,7 +129,8 @@ struct AttentionForward {
     const int64_t q_end = t.q_end < s.Sq ? t.q_end : s.Sq;
     if (t.q_begin >= q_end) return;
     const int64_t kv_head = h_begin / group;
-    next.spread_over(group * (q_end - t.q_begin));
+    next.spread_over(group * ((q_end - t.q_begin + kTileRows - 1) / kTileRows) *
+                     (2 * panels(p.Sk < range_keys ? p.Sk : range_keys) + 1));
     // whole ranges of keys that no row sees by position are left out
     const KeyRange range(p, s);
     const int64_t k_end = clamp(s.Sk, 0, t.k_end), seen_end = clamp(range.end(q_end - 1), 0, k_end);
@@ -182,50 +183,72 @@ struct AttentionForward {
   // The keys [key0, key0 + padded) of one row tile: scores, weights, weighted sum of values.
   void add_range(const Scores<Real>& row_scores, const Sequence& s, const Tile& tile, int64_t key0, int64_t padded,
                  bool finite, Upcoming<T>& next) {
-    const int64_t i = tile.i, rows = tile.rows, panels = (padded + kPanel<P> - 1) / kPanel<P>;
-    int64_t first = panels, last = 0;
-    for (int64_t n = 0; n < panels; ++n) {
+    const KeyRange& range = row_scores.range;
+    // what some row of the tile sees by position, and what all of them see
+    const int64_t seen = clamp(range.begin(tile.i) - key0, 0, padded);
+    const int64_t seen_end = clamp(range.end(tile.last_query()) - key0, 0, padded);
+    if (seen >= seen_end) return;
+    int64_t first = seen / kPanel<P>, last = panels(seen_end), fetches = 2 * panels(padded) + 1;
+    for (int64_t n = first; n < last; ++n) live[n] = 1;
+    if (row_scores.mask) leave_out_hidden(row_scores, tile, key0, first, last);
+    if (first >= last) return;
+    // whole key blocks, so that rows start on a Philox block; of the last panel only the vectors that a row sees a key of
+    first = first * kPanel<P> / kKeyBlock * kKeyBlock / kPanel<P>;
+    const int64_t begin = first * kPanel<P>, vectors = round_up(seen_end, L);
+    const int64_t end = vectors < last * kPanel<P> ? vectors : last * kPanel<P>;
+    const Product q_k = keys_product(s, tile);
+    for (int64_t r = 0; r < tile.rows && !several_ranges; ++r) {
+      fetch_row_to_write(row_of<const T>(p.o, tile.b, tile.head(r), s.q_begin + tile.query(r)), p.Dv);
+    }
+    Real rescale[kTileRows];
+    for (int64_t r = 0; r < tile.rows; ++r) rescale[r] = 1;
+    if (kTileColumns == 4 && row_scores.plain && finite && p.dropout_p == 0) {
+      const int64_t all = range.begin(tile.last_query()) - key0, all_end = range.end(tile.i) - key0;
+      for (int64_t j = begin; j < end; j += kPanel<P>) {
+        const int64_t to = j + kPanel<P> < end ? j + kPanel<P> : end;
+        if (fetches-- > 0) next.fetch();
+        typename State::Bounds bounds;
+        const bool edge = j < all || to > all_end;
+        if (edge) {
+          for (int64_t r = 0; r < tile.rows; ++r) {
+            bounds.begin[r] = static_cast<Real>(range.begin(tile.query(r)) - key0 - j);
+            bounds.end[r] = static_cast<Real>(range.end(tile.query(r)) - key0 - j);
+          }
+        }
+        if (!weigh_panel(tile, q_k, edge ? &bounds : nullptr, j, to, row_scores.pending_scale())) {
+          add_keys(row_scores, tile, q_k, key0, begin, j, to, finite, rescale);
+        }
+        if (fetches-- > 0) next.fetch();
+      }
+    } else {
+      add_keys(row_scores, tile, q_k, key0, begin, begin, end, finite, rescale);
+    }
+    for (; fetches > 1; --fetches) next.fetch();
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      if (!tile.state.empty && rescale[r] != 1) scale_row(tile.o + r * out_columns, rescale[r]);
+    }
+    multiply_values(tile.rows, first, end, finite, tile.state.empty, tile.o);
+    next.fetch();
+    tile.state.empty = false;
+  }
+
+  // Panels of [first, last) that the mask hides from all rows of the tile.
+  void leave_out_hidden(const Scores<Real>& row_scores, const Tile& tile, int64_t key0, int64_t& first,
+                        int64_t& last) const {
+    const int64_t from = first, to = last;
+    first = to, last = from;
+    for (int64_t n = from; n < to; ++n) {
       const int64_t j = key0 + n * kPanel<P>;
-      live[n] = row_scores.any_visible(i, tile.last_query() + 1, j, j + kPanel<P>);
+      live[n] = row_scores.any_visible(tile.i, tile.last_query() + 1, j, j + kPanel<P>);
       if (live[n]) {
         first = n < first ? n : first;
         last = n + 1;
       }
     }
-    if (first >= last) return;
-    // whole key blocks, so that rows start on a Philox block
-    first = first * kPanel<P> / kKeyBlock * kKeyBlock / kPanel<P>;
-    // of the last panel only the vectors that the last row sees a key of
-    const int64_t seen = round_up(row_scores.range.end(tile.last_query()) - key0, L);
-    const int64_t begin = first * kPanel<P>, end = seen < last * kPanel<P> ? seen : last * kPanel<P>;
-    const Product q_k = keys_product(s, tile);
-    const KeyRange& range = row_scores.range;
-    // panels that all rows see all of, and that need nothing but the scale
-    int64_t whole = begin, whole_end = begin;
-    if (kTileColumns == 4 && row_scores.plain && finite && p.dropout_p == 0) {
-      whole = clamp(round_up(range.begin(tile.last_query()) - key0, kPanel<P>), begin, end);
-      whole_end = clamp((range.end(i) - key0) / kPanel<P> * kPanel<P>, whole, end);
-    }
-    Real rescale[kTileRows];
-    for (int64_t r = 0; r < rows; ++r) rescale[r] = 1;
-    if (begin < whole) add_keys(row_scores, tile, q_k, key0, begin, begin, whole, finite, rescale);
-    int64_t fetches = rows;
-    for (int64_t j = whole; j < whole_end; j += kPanel<P>) {
-      if (fetches-- > 0) next.fetch();
-      if (!weigh_panel(tile, q_k, j, row_scores.pending_scale())) {
-        add_keys(row_scores, tile, q_k, key0, begin, j, j + kPanel<P>, finite, rescale);
-      }
-    }
-    if (whole_end < end) add_keys(row_scores, tile, q_k, key0, begin, whole_end, end, finite, rescale);
-    for (; fetches > 0; --fetches) next.fetch();
-    for (int64_t r = 0; r < rows; ++r) {
-      if (!tile.state.empty && rescale[r] != 1) scale_row(tile.o + r * out_columns, rescale[r]);
-    }
-    multiply_values(rows, first, end, finite, tile.state.empty, tile.o);
-    tile.state.empty = false;
   }
 
   using Product = ProductOperands<P>;
+  static int64_t panels(int64_t n) { return (n + kPanel<P> - 1) / kPanel<P>; }
   static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
 
   // q.k of a tile, but for the panel of keys.
@@ -241,27 +264,44 @@ struct AttentionForward {
     return m;
   }
 
-  bool weigh_panel(const Tile& tile, Product m, int64_t j, Real scale) const {
+  // The weights of keys [j, to) of the range, at most one panel, without scores in memory; false where that is no way.
+  bool weigh_panel(const Tile& tile, Product m, const typename State::Bounds* seen, int64_t j, int64_t to,
+                   Real scale) const {
     if constexpr (kTileColumns == 4) {
-      m.b = keys + j * groups, m.c = scores + j;
-      Group* w = weights + j / P::kStep;
-      const int64_t w_row = range_keys / P::kStep;
-      switch (tile.rows) {
+      m.b = keys + j * groups;
+      switch ((to - j) / L) {
         case 1:
-          return tile.state.template weigh_tile<1>(m, scale, w, w_row);
+          return weigh_columns<1>(tile, m, seen, j, scale);
         case 2:
-          return tile.state.template weigh_tile<2>(m, scale, w, w_row);
+          return weigh_columns<2>(tile, m, seen, j, scale);
         case 3:
-          return tile.state.template weigh_tile<3>(m, scale, w, w_row);
-        case 4:
-          return tile.state.template weigh_tile<4>(m, scale, w, w_row);
-        case 5:
-          return tile.state.template weigh_tile<5>(m, scale, w, w_row);
+          return weigh_columns<3>(tile, m, seen, j, scale);
         default:
-          return tile.state.template weigh_tile<kTileRows>(m, scale, w, w_row);
+          return weigh_columns<4>(tile, m, seen, j, scale);
       }
     }
     return false;
+  }
+
+  template <int kColumns>
+  bool weigh_columns(const Tile& tile, const Product& m, const typename State::Bounds* seen, int64_t j,
+                     Real scale) const {
+    Group* w = weights + j / P::kStep;
+    const int64_t w_row = range_keys / P::kStep;
+    switch (tile.rows) {
+      case 1:
+        return tile.state.template weigh_tile<1, kColumns>(m, seen, scale, w, w_row);
+      case 2:
+        return tile.state.template weigh_tile<2, kColumns>(m, seen, scale, w, w_row);
+      case 3:
+        return tile.state.template weigh_tile<3, kColumns>(m, seen, scale, w, w_row);
+      case 4:
+        return tile.state.template weigh_tile<4, kColumns>(m, seen, scale, w, w_row);
+      case 5:
+        return tile.state.template weigh_tile<5, kColumns>(m, seen, scale, w, w_row);
+      default:
+        return tile.state.template weigh_tile<kTileRows, kColumns>(m, seen, scale, w, w_row);
+    }
   }
 
   // Keys [from, to) of the range by way of the scores in memory; those from `begin` on already have weights.
@@ -313,7 +353,7 @@ struct AttentionForward {
 
   // Where `fresh`, o holds nothing yet.
   void multiply_values(int64_t rows, int64_t first, int64_t end, bool finite, bool fresh, Real* o) const {
-    const int64_t last = (end + kPanel<P> - 1) / kPanel<P>;
+    const int64_t last = panels(end);
     constexpr int64_t kSumPanels = 256 / kPanel<P>;  // keys in one running sum
     for (int64_t n = first; n < last;) {
       int64_t run = n + 1;

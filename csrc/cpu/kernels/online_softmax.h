@@ -68,15 +68,31 @@ struct OnlineSoftmax {
     l[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
-  // The weights of a whole register tile of keys that all kRows rows see, straight from its sums: the product of
-  // queries and keys, whose place c only takes the scores if it returns false. It does if m would have to be raised,
-  // other than for the first keys.
-  template <int kRows>
-  __attribute__((noinline)) bool weigh_tile(const ProductOperands<P>& product, Real scale, Group* weights,
-                                            int64_t weights_row) {
-    constexpr int kColumns = kTileColumns;
+  // The keys of a register tile that its rows see: row r those from begin[r] to end[r], counted from the tile's first.
+  struct Bounds {
+    Real begin[kTileRows], end[kTileRows];
+  };
+
+  // The weights of a register tile of keys straight from its sums: the product of queries and keys, which is not stored.
+  // Nothing happens, and false is returned, if m would have to be raised other than for the first keys. `seen` is null
+  // where all rows see all keys.
+  template <int kRows, int kColumns>
+  __attribute__((noinline)) bool weigh_tile(const ProductOperands<P>& product, const Bounds* seen, Real scale,
+                                            Group* weights, int64_t weights_row) {
     Vec<Real> acc[kRows][kColumns];
     multiply_tile<P>(product, acc);
+    if (seen) {
+      const Vec<Real> lane = lane_index<Real>(), none = splat(-kInfinity<Real>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; ++n) {
+          const Real first = static_cast<Real>(n * L);
+          acc[r][n] = (lane < seen->end[r] - first) ? acc[r][n] : none;
+          acc[r][n] = (lane < seen->begin[r] - first) ? none : acc[r][n];
+        }
+      }
+    }
     bool first = true, within = true;
     Vec<Real> top[kRows];
 #pragma GCC unroll 8
@@ -90,11 +106,6 @@ struct OnlineSoftmax {
     if (first) {
       for (int r = 0; r < kRows; ++r) m[r] = max_lanes<Real>(top[r]);
     } else if (!within) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int n = 0; n < kColumns; ++n) store(product.c + r * product.c_row + n * L, acc[r][n]);
-      }
       return false;
     }
     const Real to_exp2 = scale * kLog2e<Real>;
@@ -106,7 +117,10 @@ struct OnlineSoftmax {
         acc[r][n] = exp2_vec<Real, T>((acc[r][n] - shift) * to_exp2);
         P::store_along(weights + r * weights_row + n * L / P::kStep, acc[r][n]);
       }
-      l[r] += (acc[r][0] + acc[r][1 % kColumns]) + (acc[r][2 % kColumns] + acc[r][3 % kColumns]);
+      Vec<Real> sum = acc[r][0];
+#pragma GCC unroll 4
+      for (int n = 1; n < kColumns; ++n) sum += acc[r][n];
+      l[r] += sum;
     }
     return true;
   }

@@ -36,6 +36,13 @@ TFORMER_INLINE void fetch_row(const T* row, int64_t width) {
   for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 2);
 }
 
+// Likewise, for a row that will be written soon.
+template <class T>
+TFORMER_INLINE void fetch_row_to_write(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 1);
+}
+
 // Whether all elements of the groups seen are finite: none has all bits of the exponent set.
 template <class P>
 class Finite {
