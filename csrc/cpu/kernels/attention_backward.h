@@ -202,17 +202,30 @@ struct AttentionBackward {
     return finite.holds();
   }
 
-  // One kQueryBlock x kKeyBlock block: the five products.
+  // One kQueryBlock x kKeyBlock block: the five products. What position alone hides from all rows, or all keys, of a
+  // register tile is left out of them.
   void run_block(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i, int64_t rows,
                  int64_t key0, int64_t keys, bool finite) {
     const int64_t at = i - t.q_begin, padded = round_up(rows, P::kStep), width = round_up(keys, L);
+    const KeyRange range = scores.range.from_key(key0);
+    Steps seen[kQueryBlock / kTileRows];  // keys of each row tile, in whole vectors
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t last = i + (r + kTileRows < rows ? r + kTileRows : rows) - 1, end = round_up(range.end(last), L);
+      seen[r / kTileRows] = {range.begin(i + r) / L * L, end < width ? end : width};
+    }
     for (int64_t n = 0; n < width; n += kPanel<P>) {
-      const int64_t columns = width - n < kPanel<P> ? width - n : kPanel<P>;
-      product<P>({q_a.rows + at * q_a.row, q_a.row, 1, k_t + n * groups, kPanel<P>, s + n, kKeyBlock, groups, false},
-                 rows, columns);
-      product<P>(
-          {do_a.rows + at * do_a.row, do_a.row, 1, v_t + n * v_groups, kPanel<P>, dp + n, kKeyBlock, v_groups, false},
-          rows, columns);
+      const auto panel = [&](const Group* a, int64_t a_row, const Group* transposed, int64_t steps, Real* c) {
+        for (int64_t r = 0; r < rows; r += kTileRows) {
+          const Steps& all = seen[r / kTileRows];
+          const int64_t from = all.begin > n ? all.begin : n, to = all.end < n + kPanel<P> ? all.end : n + kPanel<P>;
+          if (from >= to) continue;
+          register_tile_rows<P>({a + (at + r) * a_row, a_row, 1, transposed + n * steps + from - n, kPanel<P>,
+                                 c + r * kKeyBlock + from, kKeyBlock, steps, false},
+                                rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>((to - from) / L));
+        }
+      };
+      panel(q_a.rows, q_a.row, k_t, groups, s);
+      panel(do_a.rows, do_a.row, v_t, v_groups, dp);
     }
     for (int64_t r = rows; r < padded; ++r) {
       zero(s + r * kKeyBlock, kKeyBlock);
@@ -221,38 +234,47 @@ struct AttentionBackward {
     }
     for (int64_t r = 0; r < rows; ++r) {
       next.fetch();
-      differentiate_row(t, scores, b, h, i + r, r, at + r, key0, keys, finite);
+      differentiate_row(t, scores, b, h, i + r, r, at + r, key0, keys, seen[r / kTileRows], finite);
       if (r % P::kStep == P::kStep - 1 || r + 1 == rows) narrow(r / P::kStep * P::kStep, width);
     }
-    const int64_t row_steps = padded / P::kStep;
     if (t.want_dkv) {
       const int64_t key = key0 - t.k_begin;
+      const auto rows_of = [&](int64_t j) TFORMER_LAMBDA {  // that see a key of the key tile from j
+        const int64_t last = (j + kTileRows < keys ? j + kTileRows : keys) - 1;
+        const int64_t first = range.query_begin(j) - i, end = range.query_end(last, i + rows) - i;
+        return Steps{(first > 0 ? first : 0) / P::kStep, (end + P::kStep - 1) / P::kStep};
+      };
+      const int64_t row_steps = padded / P::kStep;
       multiply({p_down, 1, kKeyBlock, do_down + at / P::kStep * v_columns, v_columns, dv + key * v_columns, v_columns,
                 row_steps, true},
-               keys, v_columns, finite, 1, kKeyBlock);
+               keys, v_columns, rows_of, finite, 1, kKeyBlock);
       multiply({ds_down, 1, kKeyBlock, q_down + at / P::kStep * q_columns, q_columns, dk + key * q_columns, q_columns,
                 row_steps, true},
-               keys, q_columns, finite, 1, kKeyBlock);
+               keys, q_columns, rows_of, finite, 1, kKeyBlock);
     }
     if (t.want_dq) {
+      const auto keys_of = [&](int64_t r) TFORMER_LAMBDA {
+        return Steps{seen[r / kTileRows].begin / P::kStep, seen[r / kTileRows].end / P::kStep};
+      };
       multiply({ds_along, kKeyBlock / P::kStep, 1, k_down, q_columns, dq + at * q_columns, q_columns, width / P::kStep,
                 true},
-               rows, q_columns, finite, kKeyBlock, 1);
+               rows, q_columns, keys_of, finite, kKeyBlock, 1);
     }
   }
 
-  void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, bool finite, int64_t hidden_row,
-                int64_t hidden_step) const {
+  template <class StepsOf>
+  void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, StepsOf&& steps_of, bool finite,
+                int64_t hidden_row, int64_t hidden_step) const {
     if (finite) {
-      product<P>(m, rows, columns);
+      product<P>(m, rows, columns, steps_of);
     } else {
       product_without_hidden<P>(m, rows, columns, hidden, hidden_row, hidden_step);
     }
   }
 
-  // Row r of the block: s becomes p (with dropout), dp becomes scale * ds.
+  // Row r of the block: s becomes p (with dropout), dp becomes scale * ds. `seen`: the keys there are products for.
   void differentiate_row(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i, int64_t r,
-                         int64_t at, int64_t key0, int64_t keys, bool finite) {
+                         int64_t at, int64_t key0, int64_t keys, const Steps& seen, bool finite) {
     Real* x = s + r * kKeyBlock;
     Real* g = dp + r * kKeyBlock;
     const int64_t width = round_up(keys, L);
@@ -266,39 +288,56 @@ struct AttentionBackward {
       for (int64_t j = 0; j < width; ++j) hidden[r * kKeyBlock + j] = x[j] == -kInfinity<Real>;
     }
     const Real scale = static_cast<Real>(p.scale);
-    const bool scale_later = t.want_dbias || p.softcap != 0;
-    const Real factor = scale_later ? Real(1) : scale;
     const Vec<Real> none = splat(-kInfinity<Real>);
     const Real pending = scores.pending_scale(), shift = lse[at], row_delta = delta[at];
+    Real* bias = t.want_dbias ? grad_bias_row(b, h, i, key0) : nullptr;
+    alignas(64) Real unscaled[kKeyBlock];  // ds, the gradient of the bias, where its row is no vector
+    const bool apart = bias && p.grad_bias_stride[3] != 1;
     for (int64_t j = 0; j < width; j += L) {
-      const Vec<Real> score = load(x + j);
-      const Vec<Real> weight = exp2_vec<Real, T>((score * pending - shift) * kLog2e<Real>);
-      Vec<Real> dweight = load(g + j), dropped = weight;
-      if (p.dropout_p > 0) {
-        dweight *= load(keep + j);
-        dropped *= load(keep + j);
+      if (j == seen.begin && j < seen.end) j = seen.end;
+      if (j == width) break;
+      store(x + j, Vec<Real>{});
+      store(g + j, Vec<Real>{});
+      if (apart) store(unscaled + j, Vec<Real>{});
+    }
+    const auto differentiate = [&](auto plain) TFORMER_LAMBDA {  // nothing but p and ds
+      for (int64_t j = seen.begin; j < seen.end; j += L) {
+        const Vec<Real> score = load(x + j);
+        const Vec<Real> weight = exp2_vec<Real, T>((score * pending - shift) * kLog2e<Real>);
+        Vec<Real> dweight = load(g + j), dropped = weight;
+        if (!plain && p.dropout_p > 0) {
+          dweight *= load(keep + j);
+          dropped *= load(keep + j);
+        }
+        const Vec<Real> all = weight * (dweight - row_delta), ds = (score == none) ? Vec<Real>{} : all;
+        store(x + j, (score == none) ? Vec<Real>{} : dropped);
+        if (!plain && apart) {
+          store(unscaled + j, ds);
+        } else if (!plain && bias && keys - j >= L) {
+          store(bias + j, load(bias + j) + ds);
+        } else if (!plain && bias) {
+          store_as<Real>(bias + j, load_as<Real>(bias + j, keys - j) + ds, keys - j);
+        }
+        if (!plain && p.softcap != 0) {  // 0 where hidden: the cap's slope may be NaN there
+          store(g + j, (ds == 0) ? ds : ds * load(cap + j) * scale);
+        } else {
+          store(g + j, ds * scale);
+        }
       }
-      const Vec<Real> ds = weight * factor * (dweight - row_delta);
-      store(x + j, (score == none) ? Vec<Real>{} : dropped);
-      store(g + j, (score == none) ? Vec<Real>{} : ds);
+    };
+    if (bias || p.softcap != 0 || p.dropout_p > 0) {
+      differentiate(std::false_type{});
+    } else {
+      differentiate(std::true_type{});
     }
-    if (t.want_dbias) add_to_grad_bias(g, b, h, i, key0, keys);
-    if (!scale_later) return;
-    for (int64_t j = 0; j < width; j += L) {
-      const Vec<Real> ds = load(g + j) * scale;  // 0 where hidden: the cap's slope may be NaN there
-      store(g + j, p.softcap != 0 ? ((ds == 0) ? ds : ds * load(cap + j)) : ds);
-    }
+    if (!apart) return;
+    for (int64_t j = 0; j < keys; ++j) bias[j * p.grad_bias_stride[3]] += unscaled[j];
   }
 
-  // ds is the gradient of the bias; in a dimension where the bias is broadcast its stride is 0 and the sum is over it.
-  void add_to_grad_bias(const Real* ds, int64_t b, int64_t h, int64_t i, int64_t key0, int64_t keys) const {
+  // Where the bias's gradient for row i is summed, from key0 on; the stride of a broadcast dimension is 0.
+  Real* grad_bias_row(int64_t b, int64_t h, int64_t i, int64_t key0) const {
     const int64_t* stride = p.grad_bias_stride;
-    Real* g = static_cast<Real*>(p.grad_bias) + b * stride[0] + h * stride[1] + i * stride[2] + key0 * stride[3];
-    if (stride[3] == 1) {  // apart, so that the compiler makes vectors of it
-      for (int64_t j = 0; j < keys; ++j) g[j] += ds[j];
-    } else {
-      for (int64_t j = 0; j < keys; ++j) g[j * stride[3]] += ds[j];
-    }
+    return static_cast<Real*>(p.grad_bias) + b * stride[0] + h * stride[1] + i * stride[2] + key0 * stride[3];
   }
 
   // The kStep rows from r, as operands of the last three products.

@@ -164,22 +164,36 @@ TFORMER_INLINE void register_tile_rows(const ProductOperands<P>& m, int64_t rows
   }
 }
 
-// C (rows x columns) (+)= A B; columns is a whole number of vectors.
-template <class P>
-void product(ProductOperands<P> m, int64_t rows, int64_t columns) {
+// Steps [begin, end) of a sum.
+struct Steps {
+  int64_t begin, end;
+};
+
+// C (rows x columns) (+)= A B; columns is a whole number of vectors. steps_of(r): those of the sums of the row tile from
+// r, where the others are known to be 0; there have to be some unless the product is added to C.
+template <class P, class StepsOf>
+void product(ProductOperands<P> m, int64_t rows, int64_t columns, StepsOf&& steps_of) {
   constexpr int L = kLanes<typename P::Real>;
   const int64_t vectors = columns / L;
   const int64_t strips = (vectors + kTileColumns - 1) / kTileColumns;
   const ProductOperands<P> all = m;
   for (int64_t strip = 0; strip < strips; ++strip) {  // near-equal strips: 5 vectors are 3 + 2, not 4 + 1
     const int64_t first = vectors * strip / strips, last = vectors * (strip + 1) / strips;
-    m.b = all.b + first * L;
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      m.a = all.a + r * all.a_row;
+      const Steps sum = steps_of(r);
+      if (sum.begin >= sum.end) continue;
+      m.a = all.a + r * all.a_row + sum.begin * all.a_step;
+      m.b = all.b + first * L + sum.begin * all.b_step;
       m.c = all.c + r * all.c_row + first * L;
+      m.steps = sum.end - sum.begin;
       register_tile_rows<P>(m, rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>(last - first));
     }
   }
+}
+
+template <class P>
+void product(const ProductOperands<P>& m, int64_t rows, int64_t columns) {
+  product<P>(m, rows, columns, [&](int64_t) TFORMER_LAMBDA { return Steps{0, m.steps}; });
 }
 
 // The same product with the terms left out that `hidden` marks: hidden[r * hidden_row + k * hidden_step], k counting

@@ -12,27 +12,27 @@ namespace {
 constexpr int64_t kKeyBlock = 64;
 
 template <class Real, class T>
-TFORMER_INLINE void add_elements(const T* row, int64_t stride, int64_t n, Real* to) {
+TFORMER_INLINE void add_elements(const T* row, int64_t stride, int64_t n, Real scale, Real* to) {
   constexpr int L = kLanes<Real>;
   int64_t j = 0;
   if (stride == 1) {
-    for (; j + L <= n; j += L) store(to + j, load(to + j) + load_as<Real>(row + j));
+    for (; j + L <= n; j += L) store(to + j, load(to + j) * scale + load_as<Real>(row + j));
   }
-  for (; j < n; ++j) to[j] += load_as<Real>(row + j * stride, 1)[0];
+  for (; j < n; ++j) to[j] = to[j] * scale + load_as<Real>(row + j * stride, 1)[0];
 }
 
-// Adds n elements of any floating dtype, from the one at `offset`, each t.stride[3] after the other.
+// to = scale to + n elements of any floating dtype, from the one at `offset`, each t.stride[3] after the other.
 template <class Real>
-void add_row(const ScoreOperand& t, int64_t offset, int64_t n, Real* to) {
+void add_row(const ScoreOperand& t, int64_t offset, int64_t n, Real scale, Real* to) {
   switch (t.dtype) {
     case DType::f32:
-      return add_elements<Real>(static_cast<const float*>(t.data) + offset, t.stride[3], n, to);
+      return add_elements<Real>(static_cast<const float*>(t.data) + offset, t.stride[3], n, scale, to);
     case DType::f64:
-      return add_elements<Real>(static_cast<const double*>(t.data) + offset, t.stride[3], n, to);
+      return add_elements<Real>(static_cast<const double*>(t.data) + offset, t.stride[3], n, scale, to);
     case DType::bf16:
-      return add_elements<Real>(static_cast<const bf16*>(t.data) + offset, t.stride[3], n, to);
+      return add_elements<Real>(static_cast<const bf16*>(t.data) + offset, t.stride[3], n, scale, to);
     case DType::f16:
-      return add_elements<Real>(static_cast<const f16*>(t.data) + offset, t.stride[3], n, to);
+      return add_elements<Real>(static_cast<const f16*>(t.data) + offset, t.stride[3], n, scale, to);
     case DType::boolean:
       return;
   }
@@ -42,7 +42,7 @@ void add_row(const ScoreOperand& t, int64_t offset, int64_t n, Real* to) {
 template <class Real>
 Real sink_of(const AttentionParams& p, int64_t h) {
   Real logit = 0;
-  add_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, h, 1, &logit);
+  add_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, h, 1, 1, &logit);
   return logit;
 }
 
@@ -114,9 +114,13 @@ struct Scores {
 
  private:
   __attribute__((noinline)) void add_operands(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
-    if (!scale_waits) scale_and_cap(s, n, slope_of_cap);
+    const bool scale_with_bias = p.bias.data && p.softcap == 0;
+    if (!scale_waits && !scale_with_bias) scale_and_cap(s, n, slope_of_cap);
     const int64_t keys = range.Sk - key0 < n ? range.Sk - key0 : n;
-    if (p.bias.data) add_row<Real>(p.bias, bias_offset + i * p.bias.stride[2] + key0 * p.bias.stride[3], keys, s);
+    if (p.bias.data) {
+      const int64_t offset = bias_offset + i * p.bias.stride[2] + key0 * p.bias.stride[3];
+      add_row<Real>(p.bias, offset, keys, scale_with_bias ? scale : Real(1), s);
+    }
     if (p.alibi_slopes) add_alibi(s, range.diagonal(i) - key0, n);
     if (!mask) return;
     const char* row = mask + i * p.mask.stride[2] + key0 * p.mask.stride[3];
