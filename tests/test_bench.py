@@ -96,6 +96,9 @@ def test_ceilings_are_measured():
 
 
 def contenders_agree(made, tolerance):
+    for contender in made:
+        if contender.prepare is not None:
+            contender.prepare()
     results = {contender.name: contender.call() for contender in made}
     ours = results.pop(OURS)
     ours = ours if isinstance(ours, tuple) else (ours,)
@@ -298,3 +301,18 @@ def test_gpu_summary(capsys):
     gpu.print_summary(Console(width=120), [ours, peer])
     line = next(line for line in capsys.readouterr().out.splitlines() if "grid" in line)
     assert "1.50" in line and "40" in line
+
+
+def test_a_backward_is_timed_without_its_forward():
+    x, forwards = torch.ones(3, requires_grad=True), []
+
+    def call():
+        forwards.append(1)
+        return x * x
+
+    backward = attention.contender("ours", call, [x], torch.ones(3), backward=True)
+    backward.prepare()
+    assert len(forwards) == 1
+    assert torch.equal(backward.call()[0], 2 * x)
+    backward.prepare()
+    assert len(forwards) == 1

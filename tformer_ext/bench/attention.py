@@ -142,15 +142,24 @@ def make_contenders(problem: Problem, dtype: torch.dtype, direction: str, option
             calls["compiled eager"] = torch.compile(calls["eager"])
     leaves = [*qkv, *([bias] if p.bias else [])]
     grad_out = random(p.B, p.H, p.S, p.D)
-    made = []
-    for name, call in calls.items():
-        compiles = name.startswith("compiled")
-        if backward:
-            prepare, run = _backward(call, leaves, grad_out)
-            made.append(Contender(name, run, prepare, compiles=compiles))
-        else:
-            made.append(Contender(name, _without_gradient(call), compiles=compiles))
-    return made
+    return [contender(name, call, leaves, grad_out, backward) for name, call in calls.items()]
+
+
+def contender(name: str, call: Callable, leaves: list[torch.Tensor], grads, backward: bool) -> Contender:
+    """The call without gradients; or its backward alone, after one forward that is not timed."""
+    compiles = name.startswith("compiled")
+    if not backward:
+        return Contender(name, _without_gradient(call), compiles=compiles)
+    graph = []
+
+    def prepare():
+        if not graph:
+            graph.append(call())
+
+    def run():
+        return torch.autograd.grad(graph[0], leaves, grads, retain_graph=True)
+
+    return Contender(name, run, prepare, compiles=compiles)
 
 
 def _without_gradient(call: Callable) -> Callable:
@@ -159,17 +168,6 @@ def _without_gradient(call: Callable) -> Callable:
             return call()
 
     return run
-
-
-def _backward(call: Callable, leaves: list[torch.Tensor], grad_out: torch.Tensor) -> tuple[Callable, Callable]:
-    """The forward, run once and not timed, and the backward alone."""
-    graph = []
-
-    def prepare():
-        if not graph:
-            graph.append(call())
-
-    return prepare, lambda: torch.autograd.grad(graph[0], leaves, grad_out, retain_graph=True)
 
 
 def _mask(p: Problem, device: str = "cpu") -> torch.Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as torch_functional
 
 from .. import functional as F
-from .attention import _backward, _without_gradient
+from .attention import contender
 from .ceilings import last_level_cache
 from .harness import Contender, Options
 from .job import DTYPES, OURS, Floor, Job, copy_contender
@@ -87,10 +87,7 @@ def make_contenders(p: Problem, dtype: torch.dtype, direction: str, options: Opt
         calls["compiled eager"] = torch.compile(calls[EAGER])
     grads = [random(p.M, p.N) for _ in range(1 + p.return_residual)]
     grads = tuple(grads) if p.return_residual else grads[0]
-    made = []
-    for name, call in calls.items():
-        run = _backward(call, leaves, grads) if backward else _without_gradient(call)
-        made.append(Contender(name, run, compiles=name.startswith("compiled")))
+    made = [contender(name, call, leaves, grads, backward) for name, call in calls.items()]
     return [*made, copy_contender(p.floor(direction, dtype.itemsize).bytes, options.device)]
 
 
