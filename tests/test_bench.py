@@ -316,3 +316,10 @@ def test_a_backward_is_timed_without_its_forward():
     assert torch.equal(backward.call()[0], 2 * x)
     backward.prepare()
     assert len(forwards) == 1
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_threads_are_compared(direction):
+    options = harness.Options(threads=1, budget=0.001, memory=False)
+    contenders = small._threads(attention.Problem(1, 1, 8, 8), "float32", direction)(options)
+    assert set(harness.measure(contenders, options)) == {OURS, "one thread"}

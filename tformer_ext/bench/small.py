@@ -67,9 +67,15 @@ def scaling_jobs() -> Iterator[Job]:
 
 def _threads(problem: Problem, dtype: str, direction: str):
     def contenders(options: Options) -> list[Contender]:
-        ours = make_contenders(problem, DTYPES[dtype], direction, options)[0].call
+        ours = make_contenders(problem, DTYPES[dtype], direction, options)[0]
+
+        def prepare(threads: int) -> None:
+            torch.set_num_threads(threads)
+            if ours.prepare is not None:
+                ours.prepare()
+
         return [
-            Contender(name, ours, prepare=lambda n=n: torch.set_num_threads(n), is_peer=False)
+            Contender(name, ours.call, prepare=lambda n=n: prepare(n), is_peer=False)
             for name, n in ((OURS, options.threads), ("one thread", 1))
         ]
 
