@@ -134,8 +134,8 @@ Work forward_work(const AttentionParams& p) {
   return work;
 }
 
-// Batch entries and query heads that share the gradient of a bias with a query dimension. One task takes all of them, in
-// order: the sum then needs no second buffer and has one order.
+// Batch entries and query heads that share the gradient of a bias with a query dimension. One task takes all of them,
+// in order: the sum then needs no second buffer and has one order.
 struct Sharing {
   int64_t batches = 1, heads = 1;
 
@@ -189,8 +189,8 @@ void add_query_tasks(const AttentionParams& p, Work& work, int64_t parts, const 
   }
 }
 
-// One pass of five products over whole heads where those keep the threads busy; otherwise dq apart from dk and dv (seven
-// products). Both give the same bits.
+// One pass of five products over whole heads where those keep the threads busy; otherwise dq apart from dk and dv
+// (seven products). Both give the same bits.
 Work backward_work(const AttentionParams& p, bool bias_has_rows) {
   Work work;
   const Sharing shared(p, bias_has_rows);

@@ -192,7 +192,7 @@ struct AttentionForward {
     for (int64_t n = first; n < last; ++n) live[n] = 1;
     if (row_scores.mask) leave_out_hidden(row_scores, tile, key0, first, last);
     if (first >= last) return;
-    // whole key blocks, so that rows start on a Philox block; of the last panel only the vectors that a row sees a key of
+    // whole key blocks, so that rows start on a Philox block; of the last panel only vectors that a row sees a key of
     first = first * kPanel<P> / kKeyBlock * kKeyBlock / kPanel<P>;
     const int64_t begin = first * kPanel<P>, vectors = round_up(seen_end, L);
     const int64_t end = vectors < last * kPanel<P> ? vectors : last * kPanel<P>;

@@ -73,7 +73,7 @@ struct OnlineSoftmax {
     Real begin[kTileRows], end[kTileRows];
   };
 
-  // The weights of a register tile of keys straight from its sums: the product of queries and keys, which is not stored.
+  // The weights of a register tile of keys straight from its sums: the product of queries and keys is not stored.
   // Nothing happens, and false is returned, if m would have to be raised other than for the first keys. `seen` is null
   // where all rows see all keys.
   template <int kRows, int kColumns>

@@ -169,8 +169,8 @@ struct Steps {
   int64_t begin, end;
 };
 
-// C (rows x columns) (+)= A B; columns is a whole number of vectors. steps_of(r): those of the sums of the row tile from
-// r, where the others are known to be 0; there have to be some unless the product is added to C.
+// C (rows x columns) (+)= A B; columns is a whole number of vectors. steps_of(r): those of the sums of the row tile
+// from r, where the others are known to be 0; there have to be some unless the product is added to C.
 template <class P, class StepsOf>
 void product(ProductOperands<P> m, int64_t rows, int64_t columns, StepsOf&& steps_of) {
   constexpr int L = kLanes<typename P::Real>;
