@@ -323,3 +323,16 @@ def test_threads_are_compared(direction):
     options = harness.Options(threads=1, budget=0.001, memory=False)
     contenders = small._threads(attention.Problem(1, 1, 8, 8), "float32", direction)(options)
     assert set(harness.measure(contenders, options)) == {OURS, "one thread"}
+
+
+def test_a_job_that_fails_does_not_take_the_others_with_it(monkeypatch, tmp_path, capsys):
+    jobs = list(small.overhead_jobs())[:2]
+
+    def fail(options):
+        raise IndexError("nothing there")
+
+    monkeypatch.setattr(bench, "chosen_jobs", lambda options: [dataclasses.replace(jobs[0], contenders=fail), jobs[1]])
+    assert bench.main(["--output", str(tmp_path), "--budget", "0.001", "--no-plots", "--threads", "1"]) == 1
+    assert f"{jobs[0].name} could not be measured: IndexError('nothing there')" in capsys.readouterr().err
+    (written,) = tmp_path.iterdir()
+    assert {r.case for r in files.read_csv(written)[1]} == {jobs[1].case}

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     on_gpu = options.device == "cuda"
     about = files.machine(options.threads) | (gpu.about() if on_gpu else {})
-    records = measure(console, jobs, options)
+    records, failed = measure(console, jobs, options)
     judged = [] if on_gpu else bars(records, native_bf16=_C.cpu_isa() == "avx512bf16")
     changed = files.changes(old, records)
     if options.json:
@@ -105,7 +105,9 @@ def run(options: argparse.Namespace) -> int:
         written += plots.save(options.output, stem, records)
     for path in written:
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
-    return 1 if any(ratio > 1 for _, ratio in changed) else 0
+    for job, error in failed.items():
+        print(f"{job} could not be measured: {error!r}", file=sys.stderr)
+    return 1 if failed or any(ratio > 1 for _, ratio in changed) else 0
 
 
 def chosen_jobs(options: argparse.Namespace) -> list:
@@ -121,15 +123,15 @@ def chosen_jobs(options: argparse.Namespace) -> list:
     return [job for job in jobs if re.search(options.filter or "", job.name)]
 
 
-def measure(console, jobs: list, options: argparse.Namespace) -> list:
-    """The records of all jobs, with a progress bar."""
+def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dict[str, Exception]]:
+    """The records of all jobs, with a progress bar; and what went wrong with a job, so that the others are not lost."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tformer_ext.bench.harness import Options
 
     before = torch.get_num_threads()
     settings = Options(threads=options.threads, budget=options.budget, compile=options.compile, device=options.device)
-    records = []
+    records, failed = [], {}
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -137,8 +139,11 @@ def measure(console, jobs: list, options: argparse.Namespace) -> list:
             for job in jobs:
                 progress.update(task, description=job.name)
                 torch.set_num_threads(options.threads)
-                records += job.run(settings)
+                try:
+                    records += job.run(settings)
+                except Exception as error:
+                    failed[job.name] = error
                 progress.advance(task)
     finally:
         torch.set_num_threads(before)
-    return records
+    return records, failed
