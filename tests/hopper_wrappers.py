@@ -32,6 +32,22 @@ def multiply_shared(dtype, N, n):
     return a, b, c, a.double() @ b.double().T + (c.double() if n != 1 else 0)
 
 
+def multiply_across(dtype, N):
+    """a (64, 64), b (64, N), and aT b."""
+    draw = torch.Generator().manual_seed(N)
+    a, b = (torch.randn(64, columns, generator=draw).to(DTYPES[dtype]) for columns in (64, N))
+    return a, b, a.double().T @ b.double()
+
+
+def chain():
+    """What twelve blocks add to, float32 (64) and two int32 words, and what becomes of it: rounded in their order."""
+    sums = torch.zeros(64)
+    for n in range(12):
+        sums += torch.tensor([3e7, 1.25, -2.9e7])[n % 3] + (torch.arange(64) + n)
+    words = torch.tensor([12, 12], dtype=torch.int32)
+    return torch.zeros(66), torch.cat([sums, words.view(torch.float32)])
+
+
 def multiply_registers(dtype, N):
     """b (32, N), and x b for the x of the kernel."""
     b = torch.randn(32, N, generator=torch.Generator().manual_seed(N)).to(DTYPES[dtype])

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hopper_wrappers import boxes_of, boxes_source, multiply_registers, multiply_shared, ring
+from hopper_wrappers import boxes_of, boxes_source, chain, multiply_across, multiply_registers, multiply_shared, ring
 
 
 @pytest.fixture
@@ -36,6 +36,14 @@ def test_products_of_shared_operands(hopper, dtype, N, n):
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128)])
+def test_products_across_rows(hopper, dtype, N):
+    a, b, expected = multiply_across(dtype, N)
+    out = torch.empty(64, N)
+    ran(hopper.run_hopper_wrapper(f"across_{dtype}_{N}", a, b, out, rows=(64, 64)))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128), ("bf16", 256)])
 def test_products_of_registers(hopper, dtype, N):
     b, expected = multiply_registers(dtype, N)
@@ -51,6 +59,30 @@ def test_ring(hopper):
         out = torch.empty(256, dtype=torch.int32)
         ran(hopper.run_hopper_wrapper("ring", rows, rows, out, n=len(rows), rows=(8, 8)))
         assert torch.equal(out, expected)
+
+
+def run_chain(hopper, fault=0, seeds=20):
+    """The message, and whether the sums were as expected, for each seed."""
+    any_tensor, (zeros, expected) = torch.zeros(64, 64, dtype=torch.int16), chain()
+    for seed in range(seeds):
+        hopper.set_seed(seed)
+        out = zeros.clone()
+        message = hopper.run_hopper_wrapper("chain", any_tensor, any_tensor, out, n=fault)
+        yield message, torch.equal(out, expected)
+
+
+def test_blocks_take_turns(hopper):
+    assert set(run_chain(hopper)) == {(None, True)}
+
+
+@pytest.mark.parametrize("fault", [1, 2])
+def test_blocks_out_of_turn_show(hopper, fault):
+    results = list(run_chain(hopper, fault))
+    assert (None, False) in results and not any(message for message, _ in results)
+
+
+def test_source_overwritten_too_early(hopper):
+    assert any(message and "overwritten before it was read" in message for message, _ in run_chain(hopper, 3))
 
 
 FAULTS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import tensors
 from hopper_cases import DTYPES, HOPPER_CASES, check_values
-from hopper_wrappers import boxes_of, boxes_source, multiply_registers, multiply_shared, ring
+from hopper_wrappers import boxes_of, boxes_source, chain, multiply_across, multiply_registers, multiply_shared, ring
 
 import tformer_ext as tx
 from tformer_ext import _C
@@ -61,11 +61,24 @@ def test_products_of_shared_operands(dtype, N, n, hardware):
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128)])
+def test_products_across_rows(dtype, N, hardware):
+    a, b, expected = multiply_across(dtype, N)
+    out = run(hardware, f"across_{dtype}_{N}", a, b, torch.zeros(64, N), rows=(64, 64))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128), ("bf16", 256)])
 def test_products_of_registers(dtype, N, hardware):
     b, expected = multiply_registers(dtype, N)
     out = run(hardware, f"registers_{dtype}_{N}", b, b, torch.zeros(64, N), rows=(32, 32))
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_take_turns(hardware):
+    source, (zeros, expected) = torch.zeros(64, 64, dtype=torch.int16), chain()
+    for _ in range(20):
+        assert torch.equal(run(hardware, "chain", source, source, zeros), expected)
 
 
 def test_ring(hardware):

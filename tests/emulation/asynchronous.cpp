@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <list>
 #include <map>
 #include <memory>
 #include <unordered_map>
@@ -32,6 +33,21 @@ struct Box {
   void* barrier;
 };
 
+// A copy out of shared memory: it reads its source at some step, and writes at a later one.
+struct Sent {
+  Site site;
+  char* global;
+  char* shared;
+  bool add;
+  std::vector<char> bytes;  // as they were when it was asked for
+  bool was_read = false, was_written = false;
+};
+
+// A thread's copies out of shared memory in groups, oldest first; the last one is open.
+struct SentGroups {
+  std::deque<std::vector<std::shared_ptr<Sent>>> groups{1};
+};
+
 // ---- Products. ----
 
 // The accumulator of one product shape: 16 rows of a warp, in the registers of its lanes.
@@ -58,14 +74,25 @@ struct WarpProducts {
   int registers = 0, wanted = 0;
 };
 
-std::unordered_map<void*, Phases> barriers;
-std::vector<Box> boxes;
-std::vector<WarpProducts> warps;
-int free_registers;
-int64_t moved = 0;
-Sleepers for_registers;
+}  // namespace
 
-WarpProducts& own() { return warps[static_cast<size_t>(running.thread / kWarp)]; }
+struct Asynchronous {
+  std::unordered_map<void*, Phases> barriers;
+  std::vector<Box> boxes;
+  std::vector<std::shared_ptr<Sent>> sent;  // not yet written
+  std::map<int, SentGroups> groups;         // of a thread
+  Sleepers for_sent;
+  std::vector<WarpProducts> warps;
+  int free_registers;
+  Sleepers for_registers;
+};
+
+namespace {
+
+Asynchronous* used = nullptr;
+int64_t moved = 0;
+
+WarpProducts& own() { return used->warps[static_cast<size_t>(running.thread / kWarp)]; }
 
 void remember(uint64_t what) {
   uint64_t& history = own().history;
@@ -74,8 +101,8 @@ void remember(uint64_t what) {
 
 Phases& phases_of(const Site& site, void* barrier) {
   check_shared(site, barrier, 8, 8);
-  const auto found = barriers.find(barrier);
-  if (found == barriers.end()) fail(site, "there is no barrier, or not yet");
+  const auto found = used->barriers.find(barrier);
+  if (found == used->barriers.end()) fail(site, "there is no barrier, or not yet");
   if (same_bits<uint64_t>(barrier) != kBarrierMark) fail(site, "something else was written where the barrier is");
   return found->second;
 }
@@ -138,15 +165,17 @@ void read_operands(const Product& p, std::vector<uint16_t>& a, std::vector<uint1
   } else {
     const Matrix rows(p.site, first.rows);
     for (int i = 0; i < 16; ++i) {
+      const int row = 16 * (p.warp % 4) + i;
       for (int k = 0; k < 16; ++k) {
-        a[static_cast<size_t>(16 * i + k)] = element(p.site, rows.by_rows(16 * (p.warp % 4) + i, k));
+        a[static_cast<size_t>(16 * i + k)] =
+            element(p.site, first.a_across ? rows.by_columns(k, row) : rows.by_rows(row, k));
       }
     }
   }
   const Matrix columns(p.site, first.columns);
   for (int k = 0; k < 16; ++k) {
     for (int j = 0; j < first.n; ++j) {
-      const uint32_t at = first.a ? columns.by_columns(k, j) : columns.by_rows(j, k);
+      const uint32_t at = first.b_across ? columns.by_columns(k, j) : columns.by_rows(j, k);
       b[static_cast<size_t>(k) * n + static_cast<size_t>(j)] = element(p.site, at);
     }
   }
@@ -168,7 +197,7 @@ void for_registers_of(Accumulator& d, F&& f) {
 constexpr uint32_t kPoison = 0xffa5a5a5;  // a NaN that arithmetic changes: it signals
 
 void begin_product(Product& p) {
-  WarpProducts& mine = warps[static_cast<size_t>(p.warp)];
+  WarpProducts& mine = used->warps[static_cast<size_t>(p.warp)];
   const ProductLane& first = p.lanes[0];
   auto& d = mine.accumulators[first.d[0]];
   if (!d) {
@@ -207,33 +236,36 @@ void end_product(const Product& p) {
     if (same_bits<uint32_t>(&held) != kPoison) fail(p.site, "a register was written while products add to it");
     held = value;
   });
-  warps[static_cast<size_t>(p.warp)].accumulators.erase(first.d[0]);
+  used->warps[static_cast<size_t>(p.warp)].accumulators.erase(first.d[0]);
 }
 
 }  // namespace
 
 // ---- The block's life. ----
 
-void begin_asynchronous(int threads) {
-  barriers.clear();
-  boxes.clear();
-  for_registers.clear();
+void DeleteAsynchronous::operator()(Asynchronous* what) const { delete what; }
+
+AsynchronousPointer make_asynchronous(int threads) {
+  AsynchronousPointer made(new Asynchronous);
   const int each = std::min(kRegisters / threads / 8 * 8, 248);
-  free_registers = kRegisters - each * threads;
-  warps.clear();
-  warps.resize(static_cast<size_t>(threads / kWarp));
-  for (WarpProducts& warp : warps) warp.groups.resize(1), warp.registers = each;
+  made->free_registers = kRegisters - each * threads;
+  made->warps.resize(static_cast<size_t>(threads / kWarp));
+  for (WarpProducts& warp : made->warps) warp.groups.resize(1), warp.registers = each;
+  return made;
 }
+
+void use_asynchronous(Asynchronous* what) { used = what; }
 
 int64_t moved_boxes() { return moved; }
 
-bool asynchronous_work() { return !boxes.empty(); }
+bool asynchronous_work() { return !used->boxes.empty() || !used->sent.empty(); }
 
-std::string asynchronous_step() {
+namespace {
+
+std::string land_box(size_t which) {
   ++moved;
-  const size_t which = draw() % boxes.size();
-  const Box box = boxes[which];
-  boxes.erase(boxes.begin() + static_cast<int64_t>(which));
+  const Box box = used->boxes[which];
+  used->boxes.erase(used->boxes.begin() + static_cast<int64_t>(which));
   const auto& [data, sizes, strides, rows] = box.map;
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
@@ -247,22 +279,53 @@ std::string asynchronous_step() {
       std::memcpy(shared_at(swizzled(to)), &bits, 2);
     }
   }
-  const auto found = barriers.find(box.barrier);
+  const auto found = used->barriers.find(box.barrier);
   found->second.bytes -= int64_t{kBoxRowBytes} * rows;
   if (found->second.bytes < -kMostBytes) return "a barrier counts more bytes than it can";
   look(found->second);
   return {};
 }
 
+// Reads the source, and another time writes.
+std::string further(size_t which) {
+  Sent& copy = *used->sent[which];
+  if (!copy.was_read) {
+    copy.was_read = true;
+    if (std::memcmp(copy.shared, copy.bytes.data(), copy.bytes.size()) != 0) {
+      return std::string(copy.site.name) + ": its source was overwritten before it was read";
+    }
+  } else {
+    copy.was_written = true;
+    for (size_t n = 0; n < copy.bytes.size(); n += copy.add ? sizeof(float) : copy.bytes.size()) {
+      if (copy.add) {
+        const float sum = same_bits<float>(copy.global + n) + same_bits<float>(&copy.bytes[n]);
+        std::memcpy(copy.global + n, &sum, sizeof sum);
+      } else {
+        std::memcpy(copy.global, copy.bytes.data(), copy.bytes.size());
+      }
+    }
+    used->sent.erase(used->sent.begin() + static_cast<int64_t>(which));
+  }
+  wake(used->for_sent);
+  return {};
+}
+
+}  // namespace
+
+std::string asynchronous_step() {
+  const size_t boxes = used->boxes.size(), which = draw() % (boxes + used->sent.size());
+  return which < boxes ? land_box(which) : further(which - boxes);
+}
+
 std::string end_asynchronous() {
-  if (!boxes.empty()) return "a copy is on its way when the block ends";
-  for (const auto& [at, phases] : barriers) {
+  if (asynchronous_work()) return "a copy is on its way when the block ends";
+  for (const auto& [at, phases] : used->barriers) {
     if (phases.bytes) return "bytes that were announced at a barrier have not come, or others have";
   }
-  for (size_t n = 0; n < warps.size(); ++n) {
-    const WarpProducts& warp = warps[n];
+  for (size_t n = 0; n < used->warps.size(); ++n) {
+    const WarpProducts& warp = used->warps[n];
     if (warp.groups.size() > 1 || !warp.groups.back().empty()) return "a warp ends with products that run";
-    if (warp.history != warps[n / 4 * 4].history) return "the warps of a warpgroup did not do the same";
+    if (warp.history != used->warps[n / 4 * 4].history) return "the warps of a warpgroup did not do the same";
   }
   return {};
 }
@@ -272,7 +335,8 @@ std::string end_asynchronous() {
 void init_barrier(const Site& site, void* barrier, int arrivals) {
   check_shared(site, barrier, 8, 8);
   if (arrivals < 1 || arrivals > kMostBytes) fail(site, "arrivals are 1 to 2^20 - 1");
-  if (!barriers.emplace(barrier, Phases{arrivals, arrivals, 0, 0, {}}).second) fail(site, "there is a barrier already");
+  if (!used->barriers.emplace(barrier, Phases{arrivals, arrivals, 0, 0, {}}).second)
+    fail(site, "there is a barrier already");
   std::memcpy(barrier, &kBarrierMark, sizeof kBarrierMark);
 }
 
@@ -297,7 +361,43 @@ void load_box(const Site& site, void* shared, const TensorMap* map, const int (&
   if (shared_address(shared) % 1024) fail(site, "the box is not at a multiple of 1024");
   phases_of(site, barrier);
   std::memset(shared, 0xff, bytes);
-  boxes.push_back({static_cast<char*>(shared), fields, {at[0], at[1], at[2], at[3]}, barrier});
+  used->boxes.push_back({static_cast<char*>(shared), fields, {at[0], at[1], at[2], at[3]}, barrier});
+}
+
+void send(const Site& site, void* global, const void* shared, int bytes, bool add) {
+  if (bytes <= 0 || bytes % 16) fail(site, "bytes are a multiple of 16");
+  check_shared(site, shared, static_cast<size_t>(bytes), 16);
+  check_aligned(site, global, 16);
+  const auto* from = static_cast<const char*>(shared);
+  auto copy = std::make_shared<Sent>(Sent{site, static_cast<char*>(global), const_cast<char*>(from), add, {}});
+  copy->bytes.assign(from, from + bytes);
+  used->sent.push_back(copy);
+  used->groups[running.thread].groups.back().push_back(copy);
+}
+
+void commit_sent() { used->groups[running.thread].groups.emplace_back(); }
+
+void wait_for_sent(const Site& site, int pending, bool reads) {
+  auto& groups = used->groups[running.thread].groups;
+  const auto done = [&] {
+    for (int n = 0; n + 1 + pending < static_cast<int>(groups.size()); ++n) {
+      for (const auto& copy : groups[static_cast<size_t>(n)]) {
+        if (!(reads ? copy->was_read : copy->was_written)) return false;
+      }
+    }
+    return true;
+  };
+  while (!done()) sleep(site, used->for_sent);
+}
+
+void wait_for_value(const Site& site, const int32_t* at, int32_t value) {
+  while (*at != value) watch(site);
+}
+
+void publish_value(const Site& site, int32_t* at, int32_t value) {
+  check_aligned(site, at, 4);
+  *at = value;
+  wake_watchers();
 }
 
 namespace {
@@ -313,9 +413,9 @@ void change_registers(const Site& site, int count, bool more) {
   const auto give = [](void* const(&)[kWarp]) {
     WarpProducts& mine = own();
     if (mine.wanted <= mine.registers) {
-      free_registers += (mine.registers - mine.wanted) * kWarp;
+      used->free_registers += (mine.registers - mine.wanted) * kWarp;
       mine.registers = mine.wanted;
-      wake(for_registers);
+      wake(used->for_registers);
     }
   };
   remember_once(site);
@@ -325,11 +425,11 @@ void change_registers(const Site& site, int count, bool more) {
   mine.wanted = count;
   meet_warp(site, nullptr, give);
   while (mine.registers != count) {
-    if (free_registers >= (count - mine.registers) * kWarp) {
-      free_registers -= (count - mine.registers) * kWarp;
+    if (used->free_registers >= (count - mine.registers) * kWarp) {
+      used->free_registers -= (count - mine.registers) * kWarp;
       mine.registers = count;
     } else {
-      sleep(site, for_registers);
+      sleep(site, used->for_registers);
     }
   }
 }
@@ -367,13 +467,12 @@ void start_product(const Site& site, ProductLane lane) {
     const ProductLane& first = p.lanes[0];
     for (const ProductLane& other : p.lanes) {
       const bool same = other.rows == first.rows && other.columns == first.columns && other.n == first.n &&
-                        other.accumulate == first.accumulate;
+                        other.accumulate == first.accumulate && other.a_across == first.a_across;
       if (!same) fail(p.site, "the lanes of a warp give different descriptors");
     }
     if (!own().fenced) fail(p.site, "no wgmma_fence since registers could be written");
-    for (uint64_t what : {first.rows, first.columns, static_cast<uint64_t>(2 * first.n + first.accumulate)}) {
-      remember(what);
-    }
+    const int kind = 4 * first.n + 2 * first.a_across + first.accumulate;
+    for (uint64_t what : {first.rows, first.columns, static_cast<uint64_t>(kind)}) remember(what);
     begin_product(p);
   });
 }

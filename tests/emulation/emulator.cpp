@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kBarriers = 16;
 constexpr uint32_t kAll = ~0u;
+constexpr int kMostTogether = 3;  // blocks that run at a time
 
 struct Copy {
   void* shared;
@@ -56,10 +57,18 @@ struct Block {
   int threads;
   char* shared;
   size_t shared_bytes;
+  int first;  // of its threads in the pool
+  int64_t index[3];
   uint32_t shared_address;
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
+  Sleepers watching;  // global memory, for another block to write there
+  AsynchronousPointer beside;
+  bool stays;  // one warp runs as long as it can
+  int warp = 0;
   std::string failure;
+
+  Thread& thread(int n) const;
 
   bool holds(const void* address, size_t bytes) const {
     const auto* at = static_cast<const char*>(address);
@@ -72,9 +81,11 @@ std::string message;
 size_t most_shared_bytes = kMostSharedBytes;
 std::mt19937_64 random_order;
 std::vector<std::unique_ptr<Thread>> pool;
-Block* block = nullptr;
+Block* block = nullptr;         // that of the running thread
+std::vector<Block*> residents;  // all that run at the time
 
-Thread& current() { return *pool[static_cast<size_t>(running.thread)]; }
+Thread& Block::thread(int n) const { return *pool[static_cast<size_t>(first + n)]; }
+Thread& current() { return block->thread(running.thread); }
 
 std::string text_of(const Site& site) {
   std::ostringstream text;
@@ -107,7 +118,7 @@ std::string stuck_threads() {
   std::vector<std::pair<std::string, std::vector<int>>> places;
   for (int n = 0; n < block->threads; ++n) {
     const bool ended = block->warps[static_cast<size_t>(n / kWarp)].ended >> n % kWarp & 1;
-    const std::string place = ended ? "ended" : "at " + text_of(pool[static_cast<size_t>(n)]->site);
+    const std::string place = ended ? "ended" : "at " + text_of(block->thread(n).site);
     const auto found = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
     if (found == places.end()) {
       places.push_back({place, {n}});
@@ -123,43 +134,42 @@ std::string stuck_threads() {
   return text.str();
 }
 
-// Warps go on in an order drawn anew after each meeting, or one warp as long as it can: both find races.
-void run_block() {
-  const auto warps = static_cast<int>(block->warps.size());
-  const bool stays = random_order() % 2;
-  int warp = 0;
-  while (block->failure.empty()) {
-    std::vector<int> able;
-    bool finished = true;
-    for (int w = 0; w < warps; ++w) {
-      if (block->warps[static_cast<size_t>(w)].ready) able.push_back(w);
-      finished = finished && block->warps[static_cast<size_t>(w)].ended == kAll;
-    }
-    if (finished) {
-      block->failure = end_asynchronous();
-      return;
-    }
-    // what goes on in the background may happen at any time, and must where nothing else can
-    if (asynchronous_work() && (able.empty() || random_order() % 4 == 0)) {
-      block->failure = asynchronous_step();
-      continue;
-    }
-    if (able.empty()) {
-      block->failure = stuck_threads();
-      return;
-    }
-    if (!stays || std::find(able.begin(), able.end(), warp) == able.end()) warp = able[random_order() % able.size()];
-    Warp& lanes = block->warps[static_cast<size_t>(warp)];
-    const uint64_t draw = random_order();
-    const auto step = static_cast<int>(draw % kWarp) | 1, first = static_cast<int>(draw >> 8) % kWarp;
-    for (int n = 0; n < kWarp && block->failure.empty(); ++n) {
-      const int lane = (first + n * step) & (kWarp - 1);
-      if (!(lanes.ready >> lane & 1)) continue;
-      lanes.ready &= ~(1u << lane);
-      running.thread = warp * kWarp + lane;
-      current().fibre.enter();
-    }
+enum class Turn { ran, stuck, ended };
+
+// One warp of the block goes on for a while, or what runs beside it does. Warps go on in an order drawn anew after each
+// meeting, or one warp as long as it can: both find races.
+Turn take_turn() {
+  std::vector<int> able;
+  bool finished = true;
+  for (int w = 0; w < static_cast<int>(block->warps.size()); ++w) {
+    if (block->warps[static_cast<size_t>(w)].ready) able.push_back(w);
+    finished = finished && block->warps[static_cast<size_t>(w)].ended == kAll;
   }
+  if (finished) {
+    block->failure = end_asynchronous();
+    return Turn::ended;
+  }
+  // what goes on in the background may happen at any time, and must where nothing else can
+  if (asynchronous_work() && (able.empty() || random_order() % 4 == 0)) {
+    block->failure = asynchronous_step();
+    return Turn::ran;
+  }
+  if (able.empty()) return Turn::stuck;
+  int& warp = block->warp;
+  if (!block->stays || std::find(able.begin(), able.end(), warp) == able.end()) {
+    warp = able[random_order() % able.size()];
+  }
+  Warp& lanes = block->warps[static_cast<size_t>(warp)];
+  const uint64_t draw = random_order();
+  const auto step = static_cast<int>(draw % kWarp) | 1, first = static_cast<int>(draw >> 8) % kWarp;
+  for (int n = 0; n < kWarp && block->failure.empty(); ++n) {
+    const int lane = (first + n * step) & (kWarp - 1);
+    if (!(lanes.ready >> lane & 1)) continue;
+    lanes.ready &= ~(1u << lane);
+    running.thread = warp * kWarp + lane;
+    current().fibre.enter();
+  }
+  return Turn::ran;
 }
 
 // Shared memory at the end of its pages, so that the access after it ends the process, and what aligning leaves over is
@@ -184,38 +194,92 @@ class SharedMemory {
   GuardedMemory memory_;
 };
 
+// A place for a block: what a multiprocessor has for it.
+struct Place {
+  SharedMemory shared;
+  std::unique_ptr<Block> holds;
+
+  explicit Place(size_t bytes) : shared(bytes) {}
+};
+
+void enter(Block& of) {
+  block = &of;
+  std::copy(of.index, of.index + 3, running.block);
+  use_asynchronous(of.beside.get());
+}
+
+void start_block(Place& place, int first, int64_t index, Body body, const void* params, int threads, size_t bytes) {
+  const auto address = static_cast<uint32_t>(1024 + SharedMemory::kAlign * (random_order() % 8));
+  const int64_t x = running.blocks[0], y = running.blocks[1];
+  place.holds.reset(new Block{body,
+                              params,
+                              threads,
+                              place.shared.begin(),
+                              bytes,
+                              first,
+                              {index % x, index / x % y, index / x / y},
+                              address,
+                              {},
+                              {},
+                              {},
+                              make_asynchronous(threads),
+                              random_order() % 2 == 0,
+                              0,
+                              {}});
+  place.holds->warps.resize(static_cast<size_t>(threads / kWarp));
+  place.shared.poison();
+  for (int n = 0; n < threads; ++n) {
+    place.holds->thread(n).reset();
+    place.holds->thread(n).fibre.start(&thread_main, n);
+  }
+  residents.push_back(place.holds.get());
+}
+
+// Why the launch fails, once a block has or waits for what no block can give it.
+std::string failure_of(const Block& failed) {
+  std::ostringstream text;
+  text << "block (" << failed.index[0] << ", " << failed.index[1] << ", " << failed.index[2] << "): ";
+  text << (failed.failure.empty() ? stuck_threads() : failed.failure);
+  return text.str();
+}
+
+std::string run_places(std::vector<std::unique_ptr<Place>>& places, const std::vector<int64_t>& order, Body body,
+                       const void* params, int threads, size_t bytes) {
+  for (size_t begun = 0;;) {
+    for (size_t n = 0; n < places.size(); ++n) {
+      if (places[n]->holds || begun == order.size()) continue;
+      start_block(*places[n], static_cast<int>(n) * threads, order[begun++], body, params, threads, bytes);
+    }
+    if (residents.empty()) return {};
+    size_t turn = random_order() % places.size(), tried = 0;
+    for (Turn took = Turn::stuck; took == Turn::stuck; turn = (turn + 1) % places.size(), ++tried) {
+      Place& place = *places[turn];
+      if (tried == places.size()) return enter(*residents[0]), failure_of(*residents[0]);
+      if (!place.holds) continue;
+      enter(*place.holds);
+      took = take_turn();
+      if (!block->failure.empty()) return failure_of(*block);
+      if (took != Turn::ended) continue;
+      if (!place.shared.rest_is_untouched()) return "a kernel wrote past its shared memory";
+      residents.erase(std::find(residents.begin(), residents.end(), block));
+      place.holds.reset();
+    }
+  }
+}
+
+// Blocks in any order, a few at a time.
 std::string run_blocks(Body body, const void* params, Grid grid, int threads, size_t shared_bytes) {
-  SharedMemory shared(shared_bytes);
-  while (pool.size() < static_cast<size_t>(threads)) pool.push_back(std::make_unique<Thread>());
   std::vector<int64_t> order(static_cast<size_t>(grid.x * grid.y * grid.z));
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random_order);
   running.blocks[0] = grid.x, running.blocks[1] = grid.y, running.blocks[2] = grid.z;
-  for (const int64_t index : order) {
-    const auto address = static_cast<uint32_t>(1024 + SharedMemory::kAlign * (random_order() % 8));
-    Block now{body, params, threads, shared.begin(), shared_bytes, address, {}, {}, {}};
-    now.warps.resize(static_cast<size_t>(threads / kWarp));
-    shared.poison();
-    for (int n = 0; n < threads; ++n) {
-      pool[static_cast<size_t>(n)]->reset();
-      pool[static_cast<size_t>(n)]->fibre.start(&thread_main, n);
-    }
-    running.block[0] = index % grid.x;
-    running.block[1] = index / grid.x % grid.y;
-    running.block[2] = index / grid.x / grid.y;
-    block = &now;
-    begin_asynchronous(threads);
-    run_block();
-    block = nullptr;
-    if (!now.failure.empty()) {
-      std::ostringstream text;
-      text << "block (" << running.block[0] << ", " << running.block[1] << ", " << running.block[2]
-           << "): " << now.failure;
-      return text.str();
-    }
-    if (!shared.rest_is_untouched()) return "a kernel wrote past its shared memory";
-  }
-  return {};
+  std::vector<std::unique_ptr<Place>> places(std::min<size_t>(1 + random_order() % kMostTogether, order.size()));
+  for (auto& place : places) place = std::make_unique<Place>(shared_bytes);
+  while (pool.size() < places.size() * static_cast<size_t>(threads)) pool.push_back(std::make_unique<Thread>());
+  std::string failure = run_places(places, order, body, params, threads, shared_bytes);
+  residents.clear();
+  block = nullptr;
+  return failure;
 }
 
 }  // namespace
@@ -261,7 +325,7 @@ void meet_warp(const Site& site, void* operand, Act act) {
   Thread& me = current();
   me.site = site, me.operand = operand;
   if (warp.meeting) {
-    const Thread& other = *pool[static_cast<size_t>(first + __builtin_ctz(warp.meeting))];
+    const Thread& other = block->thread(first + __builtin_ctz(warp.meeting));
     if (!same(other.site, site)) {
       const std::string what = "the lanes of its warp diverge, others are at " + text_of(other.site);
       fail(site, what.c_str());
@@ -270,7 +334,7 @@ void meet_warp(const Site& site, void* operand, Act act) {
   warp.meeting |= 1u << (running.thread - first);
   if (warp.meeting != kAll) return wait();
   void* operands[kWarp];
-  for (int n = 0; n < kWarp; ++n) operands[n] = pool[static_cast<size_t>(first + n)]->operand;
+  for (int n = 0; n < kWarp; ++n) operands[n] = block->thread(first + n).operand;
   act(operands);
   warp.meeting = 0;
   warp.ready = kAll;
@@ -317,6 +381,17 @@ void sleep(const Site& site, Sleepers& sleepers) {
 void wake(Sleepers& sleepers) {
   for (int n : sleepers) block->warps[static_cast<size_t>(n / kWarp)].ready |= 1u << n % kWarp;
   sleepers.clear();
+}
+
+void watch(const Site& site) { sleep(site, block->watching); }
+
+void wake_watchers() {
+  Block* const own = block;
+  for (Block* other : residents) {
+    block = other;
+    wake(other->watching);
+  }
+  block = own;
 }
 
 uint64_t draw() { return random_order(); }

@@ -1,10 +1,10 @@
-// Runs a kernel's blocks on the host, one after the other, the threads of a block as fibres. What the threads do
+// Runs a kernel's blocks on the host, one to three at a time, their threads as fibres. What the threads of a block do
 // together (barriers, shuffles, mma) is a meeting: the last one to come does it for all.
 //
-// The order is drawn from a seed: of the blocks, of the warps between meetings, of the lanes in a warp. A kernel whose
-// result depends on it has a race. Shared memory and the fibres' stacks hold NaN patterns when a block begins. Errors
-// of the kernel (a meeting not all come to, an address outside shared memory or not aligned) end the launch with a
-// message that names the place.
+// The order is drawn from a seed: of the blocks and how many of them run at a time, of the warps between meetings, of
+// the lanes in a warp. A kernel whose result depends on it has a race. Shared memory and the fibres' stacks hold NaN
+// patterns when a block begins. Errors of the kernel (a meeting not all come to, an address outside shared memory or
+// not aligned) end the launch with a message that names the place.
 #pragma once
 
 #include <gpu/launch.h>
@@ -23,7 +23,7 @@ struct Site {
   int line;
 };
 
-// What the running thread may ask of the block. There is one: launches take turns.
+// What the running thread may ask of its block. There is one launch at a time.
 struct Running {
   int thread;
   int64_t block[3], blocks[3];
@@ -59,6 +59,10 @@ void arrive_at_block(const Site& site, int id, int count);
 using Sleepers = std::vector<int>;
 void sleep(const Site& site, Sleepers& sleepers);
 void wake(Sleepers& sleepers);
+
+// The running thread waits for a word of global memory: until some thread of any block calls wake_watchers.
+void watch(const Site& site);
+void wake_watchers();
 
 // A number that belongs to the order of things, drawn from the seed.
 uint64_t draw();

@@ -95,6 +95,70 @@ struct MultiplyShared {
   }
 };
 
+// out (64, kN) = in (64, 64) transposed times more (64, kN), in boxes of 64 columns.
+template <class T, int kN>
+struct MultiplyAcross {
+  static constexpr int kThreads = 128;
+  static TFORMER_DEVICE void run(const MappedBuffers& p, char* shared) {
+    const Operands at(shared);
+    at.init(1, 2);
+    at.load(at.a, p.in, 1, 64);
+    at.load(at.b, p.more, kN / kBoxColumns, 64);
+    float d[2][kN / 4];
+    mbarrier_wait(&at.barriers[0], 0);
+    const uint64_t a = matrix_descriptor(at.a, 64 * kBoxRowBytes, 1024);
+    const uint64_t b = matrix_descriptor(at.b, 64 * kBoxRowBytes, 1024);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int from = 16 * k * kBoxRowBytes;
+      Wgmma<T, kN>::across(d, advance(a, from), advance(b, from), k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(d);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int c = 0; c < kN / 4; ++c) *out_at<kN>(p, r, c) = d[r][c];
+    }
+  }
+};
+
+// Blocks add to out (64) float one after the other, in the order of their tickets; then two int32, the turn and the
+// ticket, 0 at first. The first one stores. Faults, by n. 1: nobody waits for the turn; 2: the turn is given before the
+// sums are there; 3: the next sums come before the last ones were read.
+struct Chain {
+  static constexpr int kThreads = 32, kBlocks = 12;
+  static TFORMER_DEVICE void run(const MappedBuffers& p, char* shared) {
+    auto* values = reinterpret_cast<float*>(shared);
+    auto* sums = static_cast<float*>(p.out);
+    auto* turn = static_cast<int32_t*>(p.out) + 64;
+    const int ticket = shuffle_index(lane() == 0 ? take_ticket(turn + 1) : 0, 0);
+    const float kinds[3] = {3e7f, 1.25f, -2.9e7f};
+    for (int n = lane(); n < 64; n += kThreads) values[n] = kinds[ticket % 3] + static_cast<float>(n + ticket);
+    fence_async_proxy();
+    sync_warp();
+    if (lane() == 0) {
+      if (p.n != 1) wait_for_turn_of(turn, ticket);
+      fence_async_proxy_global();
+      if (ticket == 0) {
+        bulk_store(sums, values, 256);
+      } else {
+        bulk_add(sums, values, 256);
+      }
+      bulk_commit();
+      if (p.n != 3) bulk_wait_read<0>();
+      values[7] = 1;
+      if (p.n != 2) bulk_wait<0>();
+      fence_async_proxy_global();
+      give_turn(turn, ticket + 1);
+      bulk_wait<0>();
+    }
+    sync_warp();
+  }
+};
+
 // out (64, kHalves kN) = x more (32, kHalves kN), where x is (64, 32) with x[i][k] = 1 if k = i % 32, else 2 where
 // k = 0: more in boxes of 64 columns.
 template <class T, int kN, int kHalves>
@@ -234,9 +298,9 @@ struct TooManyRegisters {
   }
 };
 
-template <class Kernel>
+template <class Kernel, int kBlocks = 1>
 Status run_mapped(const MappedBuffers& p, void* stream) {
-  return launch<Kernel>({1}, kSharedBytes, {stream, 0}, p);
+  return launch<Kernel>({kBlocks}, kSharedBytes, {stream, 0}, p);
 }
 
 struct Named {
@@ -250,10 +314,13 @@ constexpr Named kKernels[] = {
     {"shared_bf16_80", run_mapped<MultiplyShared<bf16, 80>>},
     {"shared_bf16_112", run_mapped<MultiplyShared<bf16, 112>>},
     {"shared_f16_128", run_mapped<MultiplyShared<f16, 128>>},
+    {"across_bf16_64", run_mapped<MultiplyAcross<bf16, 64>>},
+    {"across_f16_128", run_mapped<MultiplyAcross<f16, 128>>},
     {"registers_bf16_64", run_mapped<MultiplyRegisters<bf16, 64, 1>>},
     {"registers_f16_128", run_mapped<MultiplyRegisters<f16, 128, 1>>},
     {"registers_bf16_256", run_mapped<MultiplyRegisters<bf16, 128, 2>>},
     {"ring", run_mapped<Ring>},
+    {"chain", run_mapped<Chain, Chain::kBlocks>},
     {"faults", run_mapped<Faults>},
     {"too_many_registers", run_mapped<TooManyRegisters>},
 };

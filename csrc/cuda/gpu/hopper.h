@@ -76,6 +76,54 @@ TFORMER_DEVICE void tensor_load(void* shared, const TensorMap* map, int column, 
 // that made some, before the barrier. Memory Consistency Model: Proxies; fence.proxy.async.
 TFORMER_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Shared to global memory in the background: stored, or added to floats, each rounded to nearest with subnormal ones
+// taken as 0. Addresses and bytes are multiples of 16. Data Movement: cp.async.bulk, cp.reduce.async.bulk.
+TFORMER_DEVICE void bulk_store(void* global, const void* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
+               "r"(bytes)
+               : "memory");
+}
+TFORMER_DEVICE void bulk_add(float* global, const void* shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+// Closes a group: this thread's bulk_store and bulk_add since the last one. cp.async.bulk.commit_group.
+TFORMER_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits for all of this thread's groups but the kPending newest ones: that their shared memory has been read; that what
+// they write is there, and seen by this thread. cp.async.bulk.wait_group.
+template <int kPending>
+TFORMER_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+template <int kPending>
+TFORMER_DEVICE void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// As fence_async_proxy, for global memory. fence.proxy.async.
+TFORMER_DEVICE void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- Between blocks, through words of global memory. Memory Consistency Model. ----
+
+// The counter before it grew by 1: each caller gets another number. atom, relaxed.
+TFORMER_DEVICE int32_t take_ticket(int32_t* counter) {
+  int32_t ticket;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
+  return ticket;
+}
+// Waits until give_turn has set the word to `value`; what that thread did before, or had seen, is seen after. Only for
+// what a block does that runs already or has run: others may wait for a place. ld.acquire.
+TFORMER_DEVICE void wait_for_turn_of(const int32_t* turn, int32_t value) {
+  int32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+  } while (now != value);
+}
+// st.release.
+TFORMER_DEVICE void give_turn(int32_t* turn, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(value) : "memory");
+}
+
 // ---- Who runs. ----
 
 // Arrives at a barrier of sync_threads_of without waiting; counts among its `count`. barrier.arrive.
@@ -141,8 +189,9 @@ TFORMER_DEVICE void hold(X (&x)[kRows][kColumns]) {
 // has rows 16 w to 16 w + 15 of d and a: with g = lane / 4, t = lane % 4, d[r][c] is (16 w + g + 8 r, 8 (c / 2) + 2 t +
 // c % 2), and a in registers is spread as for mma_16x8x16 (Register Fragments for wgmma.m64nNk16).
 //   shared(d, a, b): descriptors, K-major both: element (i, k) of a, (j, k) of the transposed b along rows in memory.
+//   across(d, a, b): M-major and N-major: element (i, k) of a, (k, j) of b in row k of memory.
 //   registers<kFirst>(d, a, b): b N-major; columns of d from kFirst on.
-// wgmma.mma_async: m64nNk16, scale-d by predicate, imm-scale-a and -b 1, imm-trans-a 0, imm-trans-b 0 or 1.
+// wgmma.mma_async: m64nNk16, scale-d by predicate, imm-scale-a and -b 1, imm-trans-a and -b 0 or 1.
 template <class T, int kN>
 struct Wgmma;
 
@@ -164,20 +213,25 @@ struct Wgmma;
 #define TFORMER_R_128 TFORMER_R_64 ", " TFORMER_R32_2 ", " TFORMER_R32_3
 
 // n0 to n5: the numbers of the operands after those of d.
+// in_a, in_b: imm-trans.
+#define TFORMER_WGMMA_SHARED(name, T, kN, n, n0, n1, n2, in_a, in_b)                             \
+  template <int kC>                                                                              \
+  static TFORMER_DEVICE void name(float (&d)[2][kC], uint64_t a, uint64_t b, bool accumulate) {  \
+    static_assert(4 * kC == kN);                                                                 \
+    constexpr int kFirst = 0;                                                                    \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #n2                                    \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." #T "." #T " {" TFORMER_R_##n \
+                 "}, %" #n0 ", %" #n1 ", add, 1, 1, " #in_a ", " #in_b ";\n}"                    \
+                 : TFORMER_D_##n                                                                 \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                           \
+  }
+
 #define TFORMER_WGMMA(T, kN, n, n0, n1, n2, n3, n4, n5)                                                            \
   template <>                                                                                                      \
   struct Wgmma<T, kN> {                                                                                            \
-    template <int kC>                                                                                              \
-    static TFORMER_DEVICE void shared(float (&d)[2][kC], uint64_t a, uint64_t b, bool accumulate) {                \
-      static_assert(4 * kC == kN);                                                                                 \
-      constexpr int kFirst = 0;                                                                                    \
-      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #n2                                                    \
-                   ", 0;\n"                                                                                        \
-                   "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." #T "." #T " {" TFORMER_R_##n                 \
-                   "}, %" #n0 ", %" #n1 ", add, 1, 1, 0, 0;\n}"                                                    \
-                   : TFORMER_D_##n                                                                                 \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                           \
-    }                                                                                                              \
+    TFORMER_WGMMA_SHARED(shared, T, kN, n, n0, n1, n2, 0, 0)                                                       \
+    TFORMER_WGMMA_SHARED(across, T, kN, n, n0, n1, n2, 1, 1)                                                       \
     template <int kFirst, int kC>                                                                                  \
     static TFORMER_DEVICE void registers(float (&d)[2][kC], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
       static_assert(4 * (kC - kFirst) >= kN);                                                                      \
@@ -200,6 +254,7 @@ TFORMER_WGMMA(f16, 112, 112, 56, 57, 58, 59, 60, 61)
 TFORMER_WGMMA(f16, 128, 128, 64, 65, 66, 67, 68, 69)
 
 #undef TFORMER_WGMMA
+#undef TFORMER_WGMMA_SHARED
 #undef TFORMER_R_128
 #undef TFORMER_D_128
 #undef TFORMER_R_112

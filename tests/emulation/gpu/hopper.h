@@ -38,6 +38,31 @@ inline void tensor_load(void* shared, const TensorMap* map, int column, int row,
 }
 inline void fence_async_proxy() {}
 
+inline void bulk_store(void* global, const void* shared, int bytes, TFORMER_SITE) {
+  emulation::send({"bulk_store", file, line}, global, shared, bytes, false);
+}
+inline void bulk_add(float* global, const void* shared, int bytes, TFORMER_SITE) {
+  emulation::send({"bulk_add", file, line}, global, shared, bytes, true);
+}
+inline void bulk_commit() { emulation::commit_sent(); }
+template <int kPending>
+void bulk_wait_read(TFORMER_SITE) {
+  emulation::wait_for_sent({"bulk_wait_read", file, line}, kPending, true);
+}
+template <int kPending>
+void bulk_wait(TFORMER_SITE) {
+  emulation::wait_for_sent({"bulk_wait", file, line}, kPending, false);
+}
+inline void fence_async_proxy_global() {}
+
+inline int32_t take_ticket(int32_t* counter) { return (*counter)++; }
+inline void wait_for_turn_of(const int32_t* turn, int32_t value, TFORMER_SITE) {
+  emulation::wait_for_value({"wait_for_turn_of", file, line}, turn, value);
+}
+inline void give_turn(int32_t* turn, int32_t value, TFORMER_SITE) {
+  emulation::publish_value({"give_turn", file, line}, turn, value);
+}
+
 inline void arrive_threads_of(int id, int count, TFORMER_SITE) {
   const emulation::Site site{"arrive_threads_of", file, line};
   if (id < 1 || id > 15 || count <= 0 || count % kWarp) emulation::fail(site, "id is 1 to 15, count whole warps");
@@ -77,13 +102,20 @@ struct Wgmma {
   template <int kC>
   static void shared(float (&d)[2][kC], uint64_t a, uint64_t b, bool accumulate, TFORMER_SITE) {
     static_assert(4 * kC == kN);
-    emulation::start_product({"Wgmma::shared", file, line}, {{d[0], d[1]}, nullptr, a, b, kN, accumulate, &wide});
+    emulation::start_product({"Wgmma::shared", file, line},
+                             {{d[0], d[1]}, nullptr, a, b, kN, accumulate, false, false, &wide});
+  }
+  template <int kC>
+  static void across(float (&d)[2][kC], uint64_t a, uint64_t b, bool accumulate, TFORMER_SITE) {
+    static_assert(4 * kC == kN);
+    emulation::start_product({"Wgmma::across", file, line},
+                             {{d[0], d[1]}, nullptr, a, b, kN, accumulate, true, true, &wide});
   }
   template <int kFirst, int kC>
   static void registers(float (&d)[2][kC], const uint32_t (&a)[4], uint64_t b, bool accumulate, TFORMER_SITE) {
     static_assert(4 * (kC - kFirst) >= kN);
     emulation::start_product({"Wgmma::registers", file, line},
-                             {{d[0] + kFirst, d[1] + kFirst}, a, 0, b, kN, accumulate, &wide});
+                             {{d[0] + kFirst, d[1] + kFirst}, a, 0, b, kN, accumulate, false, true, &wide});
   }
 
  private:
