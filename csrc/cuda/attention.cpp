@@ -81,13 +81,28 @@ AttentionCall forward_call(const Tensor& query, const Tensor& key, const Tensor&
   return call;
 }
 
-gpu::Status launch_hopper(const AttentionCall& call, const OnDevice& on) {
+// For sm_90a; without a build for it hopper_refusal lets no call through.
+gpu::Status launch_hopper_forward(const AttentionCall& call, const OnDevice& on) {
 #ifdef TFORMER_HOPPER
   const int multiprocessors = on.device().multiprocessors;
   return call.p.dtype == DType::bf16 ? gpu::launch_hopper_forward<gpu::bf16>(call, multiprocessors, on.stream())
                                      : gpu::launch_hopper_forward<gpu::f16>(call, multiprocessors, on.stream());
 #else
   return launch_attention_forward(call, on.stream());
+#endif
+}
+
+void hopper_backward(const AttentionCall& call, const Tensor& query, const OnDevice& on) {
+#ifdef TFORMER_HOPPER
+  const int64_t slots = hopper_slots(call);
+  Tensor sums = empty({slots, kHopperSlotFloats}, ScalarType::Float, query);
+  Tensor turns = empty({slots + 1}, ScalarType::Int, query);
+  torch::stable::zero_(turns);
+  const HopperSums between{static_cast<float*>(sums.mutable_data_ptr()),
+                           static_cast<int32_t*>(turns.mutable_data_ptr())};
+  check_launch(call.p.dtype == DType::bf16 ? gpu::launch_hopper_backward<gpu::bf16>(call, between, on.stream())
+                                           : gpu::launch_hopper_backward<gpu::f16>(call, between, on.stream()),
+               "attention backward for sm_90a");
 #endif
 }
 
@@ -106,8 +121,8 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
   p.o = rows_of(out, p.cu_seqlens_q);
   set_lse(p, lse);
-  if (hopper_refusal(call, on.device()) == HopperRefusal::none) {
-    check_launch(launch_hopper(call, on), "attention forward for sm_90a");
+  if (hopper_forward_refusal(call, on.device()) == HopperRefusal::none) {
+    check_launch(launch_hopper_forward(call, on), "attention forward for sm_90a");
     return {out, lse};
   }
   if (call.splits == 1) {
@@ -124,17 +139,19 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   return {out, lse};
 }
 
-// A HopperRefusal; nothing is computed.
-int64_t attention_forward_refusal(Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor mask,
-                                  OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor key_lengths,
-                                  OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
-                                  int64_t causal, int64_t window_left, int64_t window_right,
-                                  std::optional<double> scale, double softcap, double dropout_p) {
+// A HopperRefusal for each direction; nothing is computed.
+std::tuple<int64_t, int64_t> attention_refusals(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
+                                                OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                                OptionalTensor key_lengths, OptionalTensor cu_seqlens_q,
+                                                OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
+                                                int64_t causal, int64_t window_left, int64_t window_right,
+                                                std::optional<double> scale, double softcap, double dropout_p) {
   const OnDevice on(query);
   const AttentionCall call =
       forward_call(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k,
                    dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
-  return static_cast<int64_t>(hopper_refusal(call, on.device()));
+  return {static_cast<int64_t>(hopper_forward_refusal(call, on.device())),
+          static_cast<int64_t>(hopper_backward_refusal(call, on.device()))};
 }
 
 // Where the gradient of the bias is summed. With a query dimension: in the bias's own shape, by the kernel for dq,
@@ -252,8 +269,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     check_launch(launch_attention_sinks(call, on.stream()), "attention sinks");
     grad_sinks = torch::stable::to(grad_sinks, sinks->scalar_type());
   }
-  check_launch(launch_attention_dkv(call, on.stream()), "attention backward, dk and dv");
-  check_launch(launch_attention_dq(call, on.stream()), "attention backward, dq");
+  if (hopper_backward_refusal(call, on.device()) == HopperRefusal::none) {
+    hopper_backward(call, query, on);
+  } else {
+    check_launch(launch_attention_dkv(call, on.stream()), "attention backward, dk and dv");
+    check_launch(launch_attention_dq(call, on.stream()), "attention backward, dq");
+  }
   return {grad_query, grad_key, grad_value, bias_gradient.result(call, bias, query, on.stream()), grad_sinks};
 }
 
@@ -262,6 +283,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(TFORMER_NAMESPACE, TFORMER_CUDA_KEY, m) {
   m.impl("_attention_forward", TORCH_BOX(&tformer::attention_forward));
-  m.impl("_attention_forward_refusal", TORCH_BOX(&tformer::attention_forward_refusal));
+  m.impl("_attention_refusals", TORCH_BOX(&tformer::attention_refusals));
   m.impl("_attention_backward", TORCH_BOX(&tformer::attention_backward));
 }

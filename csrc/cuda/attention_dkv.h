@@ -207,29 +207,10 @@ struct AttentionKeyGradients {
               static_cast<int>(p.Dv), kPlain || call.aligned);
     }
     for (int n = 0; n < kWarpRows; ++n) {
-      if (suspects >> n & 1 && row0 + n < length) redo_row(row0 + n);
-    }
-  }
-
-  // See redo_row of attention_forward.h.
-  TFORMER_DEVICE void redo_row(int j) const {
-    const LaneRow<T> key(row_at<const T>(p.k, b, kv_head, seq.k_begin + j), p.D);
-    const LaneRow<T> value(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
-    LaneRow<T> dk, dv;
-    for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-      const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
-      const int end = j < seq.Sk ? scores.range.query_end(j, seq.Sq) : 0;
-      for (int i = scores.range.query_begin(j); i < end; ++i) {
-        const LaneRow<T> q(row_at<const T>(p.q, b, h, seq.q_begin + i), p.D);
-        const LaneRow<T> grad_o(row_at<const T>(p.grad_o, b, h, seq.q_begin + i), p.Dv);
-        PairGradient<R> g;
-        if (!pair_gradient(scores, b, h, i, j, seq.q_begin + i, q, key, grad_o, value, g)) continue;
-        dv.add(g.p, grad_o);
-        dk.add(g.ds, q);
+      if (suspects >> n & 1 && row0 + n < length) {
+        redo_grad_key<T, kPlain, kKeys, kValues>(p, seq, b, kv_head, row0 + n);
       }
     }
-    if (kKeys) dk.store(row_at<T>(p.grad_k, b, kv_head, seq.k_begin + j), p.D);
-    if (kValues) dv.store(row_at<T>(p.grad_v, b, kv_head, seq.k_begin + j), p.Dv);
   }
 };
 

@@ -201,22 +201,8 @@ struct AttentionQueryGradients {
     q.store(first, kWarpRows, row_at<T>(p.grad_q, b, h, seq.q_begin + row0), p.grad_q.stride[2], seq.Sq - row0,
             static_cast<int>(p.D), kPlain || call.aligned);
     for (int n = 0; n < kWarpRows; ++n) {
-      if (suspects >> n & 1 && row0 + n < seq.Sq) redo_row(row0 + n);
+      if (suspects >> n & 1 && row0 + n < seq.Sq) redo_grad_query(scores, seq, b, h, row0 + n);
     }
-  }
-
-  // See redo_row of attention_forward.h.
-  TFORMER_DEVICE void redo_row(int i) const {
-    const LaneRow<T> query(row_at<const T>(p.q, b, h, seq.q_begin + i), p.D);
-    const LaneRow<T> go(row_at<const T>(p.grad_o, b, h, seq.q_begin + i), p.Dv);
-    LaneRow<T> dq;
-    for (int j = scores.range.begin(i); j < scores.range.end(i); ++j) {
-      const LaneRow<T> k(row_at<const T>(p.k, b, kv_head, seq.k_begin + j), p.D);
-      const LaneRow<T> v(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
-      PairGradient<R> g;
-      if (pair_gradient(scores, b, h, i, j, seq.q_begin + i, query, k, go, v, g)) dq.add(g.ds, k);
-    }
-    dq.store(row_at<T>(p.grad_q, b, h, seq.q_begin + i), p.D);
   }
 };
 

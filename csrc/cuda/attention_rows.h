@@ -128,4 +128,44 @@ TFORMER_DEVICE bool pair_gradient(const Scores<T, kPlain>& scores, int b, int h,
   return true;
 }
 
+// dq of one query.
+template <class T, bool kPlain>
+TFORMER_DEVICE void redo_grad_query(const Scores<T, kPlain>& scores, const Positions& seq, int b, int h, int i) {
+  const AttentionParams& p = scores.p;
+  const int kv_head = h / static_cast<int>(p.Hq / p.Hk);
+  const LaneRow<T> query(row_at<const T>(p.q, b, h, seq.q_begin + i), p.D);
+  const LaneRow<T> go(row_at<const T>(p.grad_o, b, h, seq.q_begin + i), p.Dv);
+  LaneRow<T> dq;
+  for (int j = scores.range.begin(i); j < scores.range.end(i); ++j) {
+    const LaneRow<T> k(row_at<const T>(p.k, b, kv_head, seq.k_begin + j), p.D);
+    const LaneRow<T> v(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
+    PairGradient<Real<T>> g;
+    if (pair_gradient(scores, b, h, i, j, seq.q_begin + i, query, k, go, v, g)) dq.add(g.ds, k);
+  }
+  dq.store(row_at<T>(p.grad_q, b, h, seq.q_begin + i), p.D);
+}
+
+// dk and dv of one key.
+template <class T, bool kPlain, bool kKeys, bool kValues>
+TFORMER_DEVICE void redo_grad_key(const AttentionParams& p, const Positions& seq, int b, int kv_head, int j) {
+  const int group = static_cast<int>(p.Hq / p.Hk);
+  const LaneRow<T> key(row_at<const T>(p.k, b, kv_head, seq.k_begin + j), p.D);
+  const LaneRow<T> value(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
+  LaneRow<T> dk, dv;
+  for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
+    const int end = j < seq.Sk ? scores.range.query_end(j, seq.Sq) : 0;
+    for (int i = scores.range.query_begin(j); i < end; ++i) {
+      const LaneRow<T> q(row_at<const T>(p.q, b, h, seq.q_begin + i), p.D);
+      const LaneRow<T> grad_o(row_at<const T>(p.grad_o, b, h, seq.q_begin + i), p.Dv);
+      PairGradient<Real<T>> g;
+      if (!pair_gradient(scores, b, h, i, j, seq.q_begin + i, q, key, grad_o, value, g)) continue;
+      dv.add(g.p, grad_o);
+      dk.add(g.ds, q);
+    }
+  }
+  if (kKeys) dk.store(row_at<T>(p.grad_k, b, kv_head, seq.k_begin + j), p.D);
+  if (kValues) dv.store(row_at<T>(p.grad_v, b, kv_head, seq.k_begin + j), p.Dv);
+}
+
 }  // namespace tformer::gpu

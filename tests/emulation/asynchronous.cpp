@@ -478,27 +478,3 @@ void start_product(const Site& site, ProductLane lane) {
 }
 
 }  // namespace tformer::gpu::emulation
-
-namespace tformer::gpu {
-
-// csrc/cuda/tensor_map.cpp on the host: what cuTensorMapEncodeTiled refuses is refused.
-Status encode_tensor_map(TensorMap& map, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
-                         int rows) {
-  emulation::MapFields fields{static_cast<const char*>(data), {}, {}, rows};
-  static_assert(sizeof fields <= sizeof map);
-  bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows >= 1 && rows <= 256;
-  for (int d = 0; d < 4; ++d) {
-    fields.sizes[d] = sizes[d];
-    fits = fits && sizes[d] >= 1 && sizes[d] <= int64_t{1} << 32;
-  }
-  for (int d = 0; d < 3; ++d) {
-    fields.strides[d] = 2 * strides[d];
-    fits = fits && strides[d] > 0 && fields.strides[d] % 16 == 0 && fields.strides[d] < int64_t{1} << 40;
-  }
-  if (!fits)
-    return emulation::refuse("encode_tensor_map: a size, stride or address that the copy engine does not take");
-  std::memcpy(&map, &fields, sizeof fields);
-  return kSuccess;
-}
-
-}  // namespace tformer::gpu

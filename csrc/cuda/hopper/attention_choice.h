@@ -1,5 +1,7 @@
-// Which forward calls go to the kernels for sm_90a. For host files.
+// Which calls go to the kernels for sm_90a. For host files.
 #pragma once
+
+#include <algorithm>
 
 #include "../runtime.h"
 #include "attention_launch.h"
@@ -15,6 +17,7 @@ inline bool can_be_mapped(const Rows& t, int64_t B, int64_t H, int64_t S) {
   return can;
 }
 
+// What both directions ask.
 inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device& device) {
   const AttentionParams& p = call.p;
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return HopperRefusal::dtype;
@@ -23,11 +26,29 @@ inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device
   return HopperRefusal::not_built;
 #endif
   if (!call.plain) return HopperRefusal::operands;
-  if (call.splits > 1) return HopperRefusal::split;
   const int64_t batches = call.packed ? 1 : p.B;
   const bool mapped = can_be_mapped(p.q, batches, p.Hq, p.Sq) && can_be_mapped(p.k, batches, p.Hk, p.Sk) &&
                       can_be_mapped(p.v, batches, p.Hk, p.Sk);
   if (!call.aligned || !mapped || p.Sk == 0) return HopperRefusal::layout;
+  return HopperRefusal::none;
+}
+
+inline HopperRefusal hopper_forward_refusal(const AttentionCall& call, const gpu::Device& device) {
+  const HopperRefusal refusal = hopper_refusal(call, device);
+  if (refusal != HopperRefusal::none && refusal != HopperRefusal::layout) return refusal;
+  if (call.splits > 1) return HopperRefusal::split;
+  if (refusal != HopperRefusal::none) return refusal;
+  return gpu::hopper_is_wanted() ? HopperRefusal::none : HopperRefusal::not_wanted;
+}
+
+// A call without grad_o is asked about before there is one.
+inline HopperRefusal hopper_backward_refusal(const AttentionCall& call, const gpu::Device& device) {
+  const AttentionParams& p = call.p;
+  const HopperRefusal refusal = hopper_refusal(call, device);
+  if (refusal != HopperRefusal::none) return refusal;
+  const bool mapped = !p.grad_o.data || can_be_mapped(p.grad_o, call.packed ? 1 : p.B, p.Hq, p.Sq);
+  if (!mapped || p.Sq == 0) return HopperRefusal::layout;
+  if (std::max(p.D, p.Dv) > 128) return HopperRefusal::width;
   return gpu::hopper_is_wanted() ? HopperRefusal::none : HopperRefusal::not_wanted;
 }
 

@@ -3,18 +3,9 @@
 
 #include "../attention_dispatch.h"
 #include "attention_forward.h"
+#include "attention_maps.h"
 
 namespace tformer::gpu {
-
-// Rows (B, H, S, width) in boxes of `rows` rows. Packed sequences are one batch.
-inline Status map_of(TensorMap& map, const Rows& t, int64_t width, int64_t S, int64_t H, int64_t B, int rows) {
-  const int64_t sizes[4] = {width, S, H, B};
-  int64_t strides[3] = {t.stride[2], t.stride[1], t.stride[0]};
-  for (int d = 0; d < 3; ++d) {
-    if (sizes[d + 1] == 1) strides[d] = kBoxColumns;  // never walked along, but not any number is taken
-  }
-  return encode_tensor_map(map, t.data, sizes, strides, rows);
-}
 
 template <class T>
 Status launch_hopper_forward(const AttentionCall& given, int multiprocessors, Stream stream) {

@@ -7,16 +7,17 @@
 
 namespace tformer {
 
-// Why a forward call does not go to the kernels for sm_90a. tformer_ext/explain.py knows the numbers.
+// Why a call does not go to the kernels for sm_90a. tformer_ext/explain.py knows the numbers.
 enum class HopperRefusal : int64_t {
   none = 0,
-  dtype = 1,      // float32 and float64 are not for them
-  device = 2,     // compute capability is not 9.0
-  not_built = 3,  // TFORMER_CUDA_ARCHS has no 90
-  operands = 4,   // more than scale, causal, window, key lengths, packed sequences and sinks
-  split = 5,      // few queries and long keys: the keys are split
-  layout = 6,     // not multiples of 16 bytes, an expanded dimension, no keys
-  not_wanted = 7  // TFORMER_EXT_SM90 is not 1
+  dtype = 1,       // float32 and float64 are not for them
+  device = 2,      // compute capability is not 9.0
+  not_built = 3,   // TFORMER_CUDA_ARCHS has no 90
+  operands = 4,    // more than scale, causal, window, key lengths, packed sequences and sinks
+  split = 5,       // few queries and long keys: the keys are split
+  layout = 6,      // not multiples of 16 bytes, an expanded dimension, no keys; backward: no queries
+  not_wanted = 7,  // TFORMER_EXT_SM90 is not 1
+  width = 8        // backward: head dimensions above 128
 };
 
 // What a launch needs; the launch function fills the maps and the grid.
@@ -25,11 +26,36 @@ struct HopperForwardCall {
   AttentionCall call;
 };
 
+// Memory between the kernels of a backward call: sums of dq in tiles of 64 KB / (2 width) queries, whose turn it is at
+// each of these, and the ticket; words are 0 at first.
+constexpr int hopper_backward_queries(int64_t width) { return width <= 64 ? 128 : 64; }
+constexpr int64_t hopper_query_tiles(const AttentionCall& call, int rows) {  // of a head; all sequences where packed
+  return call.packed ? call.p.Sq / rows + call.p.B : (call.p.Sq + rows - 1) / rows;
+}
+constexpr int64_t hopper_slots(const AttentionCall& call) {
+  const int64_t width = call.p.D > call.p.Dv ? call.p.D : call.p.Dv;
+  return (call.packed ? 1 : call.p.B) * call.p.Hq * hopper_query_tiles(call, hopper_backward_queries(width));
+}
+constexpr int64_t kHopperSlotFloats = 8192;
+struct HopperSums {
+  float* sums;     // (slots, kHopperSlotFloats)
+  int32_t* turns;  // (slots + 1)
+};
+
+struct HopperBackwardCall {
+  gpu::TensorMap q, k, v, grad_o;
+  AttentionCall call;
+  float* sums;
+  int32_t *turns, *ticket;
+};
+
 namespace gpu {
 
 // T: bf16 or f16, as the call's dtype. multiprocessors: of the device.
 template <class T>
 Status launch_hopper_forward(const AttentionCall& call, int multiprocessors, Stream stream);
+template <class T>
+Status launch_hopper_backward(const AttentionCall& call, const HopperSums& sums, Stream stream);
 
 }  // namespace gpu
 }  // namespace tformer

@@ -1,0 +1,529 @@
+// dq, dk and dv on sm_90a in one pass of five products, for plain calls of 16-bit elements: the formulas of
+// ../attention_backward.h, spread over warpgroups (Shah et al. 2024, FlashAttention-3). A block has a tile of keys and
+// values and goes through the queries of all heads that share it. Scores are transposed, keys by queries, so that
+// weights and their gradients are left operands of dv and dk where they are, in registers. For dq they go through
+// shared memory: each warpgroup makes a 64 x 64 part of the sum over all keys of the tile.
+//
+// dq of a tile of queries is summed over tiles of keys in global memory, in float, by the copy engine, in the order of
+// the keys: each block waits for its turn at the tile of queries. Whom it waits for has an earlier tile of keys of the
+// same head, and blocks take their work by a ticket, earlier tiles first: so that block has begun, and of all blocks
+// that have not ended the one with the first ticket waits for nobody. Queries come from the last to the first, which is
+// the one order in which blocks that begin together arrive one after the other, causal or not.
+#pragma once
+
+#include "../attention_backward.h"
+#include "attention_launch.h"
+#include "box_tile.h"
+
+namespace tformer::gpu {
+
+// Registers of a thread: dk and dv, kWidth / 2 each; scores and their gradients, kQueries / 2 each, and as operands
+// kQueries / 4 each. Shared memory: keys, values; two tiles of queries, of do, and of gradients of scores; sums of dq.
+template <int kWidth>
+struct HopperBackwardShape {
+  static constexpr int kGroups = 2, kKeys = 64 * kGroups;
+  static constexpr int kQueries = hopper_backward_queries(kWidth);
+  static constexpr int kFetchRegisters = 32, kRegisters = 240;
+};
+
+// Floats of dq that a warpgroup adds up at a time, and those of a tile of queries. They lie as threads hold them: chunk
+// n of 16 bytes of thread t at 128 n + t, 64 x 64 after 64 x 64 along rows or columns, whichever are more.
+constexpr int kSumFloats = 64 * 64, kSumChunks = kSumFloats / 4 / kWarpgroup, kTileFloats = 2 * kSumFloats;
+
+// Where the sums of a tile of queries lie, and its turn. Packed sequences: their tiles are counted as find_sequence
+// does, up to a gap after each sequence.
+TFORMER_DEVICE int64_t slot_of(const AttentionCall& call, int q_begin, int b, int h, int i0) {
+  const int rows = hopper_backward_queries(static_cast<int>(call.p.D > call.p.Dv ? call.p.D : call.p.Dv));
+  const int64_t first = call.packed ? q_begin / rows + b : 0;
+  return (call.packed ? h : b * call.p.Hq + h) * hopper_query_tiles(call, rows) + first + i0 / rows;
+}
+
+// What a block works on: a tile of keys, and the queries of each head that see some of them. It lies in shared memory
+// and is read where it is wanted: registers are short.
+struct HopperKeyTile {
+  int b, kv_head, group_size, tile;
+  int q_begin, k_begin, Sq, Sk;  // of the sequence
+  int j0;                        // first key
+  int first_tile, tiles;         // of queries
+  int all_begin, all_end;        // queries that see all its keys
+
+  TFORMER_DEVICE HopperKeyTile(const AttentionParams& p, int b_, int kv_head_, int tile_, int keys, int queries)
+      : b(b_), kv_head(kv_head_), group_size(static_cast<int>(p.Hq / p.Hk)), tile(tile_), j0(tile_ * keys) {
+    const Positions seq(sequence_of(p, b));
+    q_begin = seq.q_begin, k_begin = seq.k_begin, Sq = seq.Sq, Sk = seq.Sk;
+    const KeyRangeOf<int> seen = range(p);
+    const int j1 = smaller(j0 + keys, Sk), begin = seen.query_begin(j0);
+    const int end = j0 < j1 ? seen.query_end(j1 - 1, Sq) : 0;
+    first_tile = begin / queries;
+    tiles = end > begin ? (end + queries - 1) / queries - first_tile : 0;
+    all_begin = seen.query_begin(j0 + keys - 1), all_end = j0 + keys <= Sk ? seen.query_end(j0, Sq) : 0;
+  }
+  TFORMER_DEVICE Sequence sequence() const { return {q_begin, k_begin, Sq, Sk}; }
+  TFORMER_DEVICE KeyRangeOf<int> range(const AttentionParams& p) const { return {p, sequence()}; }
+};
+
+template <class T, int kWidth>
+struct HopperBackward {
+  using Shape = HopperBackwardShape<kWidth>;
+  using P = TensorCores<T, 2>;
+  static constexpr int kGroups = Shape::kGroups, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
+  static constexpr int kBuffers = 2;
+  static constexpr int kThreads = kWarpgroup * (1 + kGroups);
+  static constexpr int kMultiplyBarrier = 1;  // of all warps that multiply
+  // dv is on its way before ds is made; with more queries registers would not do.
+  static constexpr bool kEarly = kQueries == 64;
+  using KeyTile = BoxTile<kKeys, kWidth>;
+  using QueryTile = BoxTile<kQueries, kWidth>;
+  using GradTile = BoxTile<kKeys, kQueries>;  // ds, transposed
+  static constexpr int kSumBytes = kTileFloats * 4;
+  static constexpr int kRowBytes = 2 * kQueries * 4;  // lse, as exponents, and delta
+  static constexpr int kAlign = 1024;
+  static constexpr size_t kSharedBytes = kAlign + 2 * KeyTile::kBytes + 2 * kBuffers * QueryTile::kBytes +
+                                         kBuffers * GradTile::kBytes + kSumBytes + kBuffers * kRowBytes +
+                                         (2 + 2 * kBuffers) * sizeof(Handover) + sizeof(HopperKeyTile) + 16;
+  static_assert(kSharedBytes <= size_t{227} << 10);
+
+  // Divided by hand: all begin at multiples of 1024 but what comes after the sums.
+  struct Shared {
+    KeyTile k, v;
+    char *q, *grad_o, *ds, *sums, *rows;
+    Handover *kv, *q_handover, *grad_o_handover, *sums_handover;
+    HopperKeyTile* job;
+    bool* there;  // is a job
+
+    TFORMER_DEVICE explicit Shared(char* shared)
+        : k{shared},
+          v{shared + KeyTile::kBytes},
+          q(shared + 2 * KeyTile::kBytes),
+          grad_o(q + kBuffers * QueryTile::kBytes),
+          ds(grad_o + kBuffers * QueryTile::kBytes),
+          sums(ds + kBuffers * GradTile::kBytes),
+          rows(sums + kSumBytes),
+          kv(reinterpret_cast<Handover*>(rows + kBuffers * kRowBytes)),
+          q_handover(kv + 1),
+          grad_o_handover(q_handover + kBuffers),
+          sums_handover(grad_o_handover + kBuffers),
+          job(reinterpret_cast<HopperKeyTile*>(sums_handover + 1)),
+          there(reinterpret_cast<bool*>(job + 1)) {}
+
+    TFORMER_DEVICE QueryTile q_tile(int n) const { return {q + buffer_of(n) * QueryTile::kBytes}; }
+    TFORMER_DEVICE QueryTile grad_o_tile(int n) const { return {grad_o + buffer_of(n) * QueryTile::kBytes}; }
+    TFORMER_DEVICE GradTile ds_tile(int n) const { return {ds + buffer_of(n) * GradTile::kBytes}; }
+    TFORMER_DEVICE float* lse(int n) const { return reinterpret_cast<float*>(rows + buffer_of(n) * kRowBytes); }
+    TFORMER_DEVICE float* delta(int n) const { return lse(n) + kQueries; }
+  };
+
+  const HopperBackwardCall& given;
+  const AttentionCall& call;
+  const AttentionParams& p;
+  const Shared at;
+  const HopperKeyTile& job;
+
+  static TFORMER_DEVICE void run(const HopperBackwardCall& given, char* shared) {
+    const Shared at(align_shared(shared, kAlign));
+    if (warp() == 0) begin(given, at);
+    sync_block();
+    if (*at.there) HopperBackward{given, given.call, given.call.p, at, *at.job}.attend();
+  }
+
+  static TFORMER_DEVICE void begin(const HopperBackwardCall& given, const Shared& at) {
+    const AttentionCall& call = given.call;
+    const AttentionParams& p = call.p;
+    const int ticket = shuffle_index(lane() == 0 ? take_ticket(given.ticket) : 0, 0);
+    Work work = work_of(call.grid, ticket);
+    int64_t b = work.head / p.Hk, h = work.head % p.Hk;
+    bool there = true;
+    if (call.packed) {
+      h = work.head;
+      there = find_sequence(p.cu_seqlens_k, p.B, kKeys, work.tile, b);
+    }
+    if (lane() != 0) return;
+    *at.there = there;
+    if (!there) return;
+    *at.job = HopperKeyTile(p, static_cast<int>(b), static_cast<int>(h), static_cast<int>(work.tile), kKeys, kQueries);
+    mbarrier_init(&at.kv->full, 2);
+    for (int n = 0; n < kBuffers; ++n) {
+      mbarrier_init(&at.q_handover[n].full, 2);  // queries; lse and delta
+      mbarrier_init(&at.q_handover[n].empty, 4 * kGroups);
+      mbarrier_init(&at.grad_o_handover[n].full, 1);
+      mbarrier_init(&at.grad_o_handover[n].empty, 4 * kGroups);
+    }
+    mbarrier_init(&at.sums_handover->full, 4 * kGroups);
+    mbarrier_init(&at.sums_handover->empty, 1);
+    mbarrier_publish();
+  }
+
+  TFORMER_DEVICE void attend() const {
+    if (thread_index() < kWarpgroup) {
+      fewer_registers<Shape::kFetchRegisters>();
+      if (warp() == 0) fetch_all();
+      if (warp() == 1) fetch_rows();
+      if (warp() == 2) add_sums();
+    } else {
+      more_registers<Shape::kRegisters>();
+      multiply_all();
+    }
+  }
+
+  // f(n, head, first query) for each tile of queries, in order. By whole warps.
+  template <class F>
+  TFORMER_DEVICE void for_each_tile(F&& f) const {
+    int n = 0;
+#pragma unroll 1
+    for (int h = job.kv_head * job.group_size; h < (job.kv_head + 1) * job.group_size; ++h) {
+#pragma unroll 1
+      for (int tile = job.first_tile + job.tiles - 1; tile >= job.first_tile; --tile, ++n) f(n, h, tile * kQueries);
+    }
+  }
+
+  // ---- The warps that fetch and send. ----
+
+  TFORMER_DEVICE void fetch_all() const {
+    const int batch = call.packed ? 0 : job.b;
+    if (job.tiles > 0 && lane() == 0) {
+      at.k.load(&given.k, job.k_begin + job.j0, job.kv_head, batch, &at.kv->full);
+      at.v.load(&given.v, job.k_begin + job.j0, job.kv_head, batch, &at.kv->full);
+    }
+    sync_warp();
+    for_each_tile([&](int n, int h, int i0) {
+      fetch(at.q_tile(n), given.q, at.q_handover[buffer_of(n)], n, job.q_begin + i0, h, batch);
+      fetch(at.grad_o_tile(n), given.grad_o, at.grad_o_handover[buffer_of(n)], n, job.q_begin + i0, h, batch);
+    });
+  }
+  static TFORMER_DEVICE void fetch(const QueryTile& to, const TensorMap& map, Handover& handover, int n, int row,
+                                   int head, int batch) {
+    mbarrier_wait(&handover.empty, phase_of(n) ^ 1);  // at first, the phase before the first
+    if (lane() == 0) to.load(&map, row, head, batch, &handover.full);
+    sync_warp();
+  }
+
+  // lse and delta, which may begin anywhere.
+  TFORMER_DEVICE void fetch_rows() const {
+    const Scores<T, true> scores(p, job.sequence(), job.b, 0);
+    for_each_tile([&](int n, int h, int i0) {
+      constexpr int kEach = kQueries / kWarp;
+      const int64_t from = job.b * p.lse_stride[0] + h * p.lse_stride[1] + job.q_begin + i0 + lane();
+      float lse[kEach], delta[kEach];
+#pragma unroll
+      for (int m = 0; m < kEach; ++m) {
+        const bool there = i0 + lane() + m * kWarp < job.Sq;
+        lse[m] = there ? scores.held_lse(static_cast<const float*>(p.lse)[from + m * kWarp]) : kInfinity<float>;
+        delta[m] = there ? static_cast<float>(p.delta[from + m * kWarp]) : 0.0f;
+      }
+      Handover& handover = at.q_handover[buffer_of(n)];
+      mbarrier_wait(&handover.empty, phase_of(n) ^ 1);
+#pragma unroll
+      for (int m = 0; m < kEach; ++m) {
+        at.lse(n)[lane() + m * kWarp] = lse[m];
+        at.delta(n)[lane() + m * kWarp] = delta[m];
+      }
+      sync_warp();
+      if (lane() == 0) mbarrier_arrive(&handover.full);
+    });
+  }
+
+  // The tile's part of dq goes to the sums, when the tiles of keys before have added theirs. The first one is stored.
+  TFORMER_DEVICE void add_sums() const {
+    const KeyRangeOf<int> range = job.range(p);
+    for_each_tile([&](int n, int h, int i0) {
+      mbarrier_wait(&at.sums_handover->full, n & 1);
+      if (lane() == 0) {
+        const int64_t slot = slot_of(call, job.q_begin, job.b, h, i0);
+        int32_t* turn = given.turns + slot;
+        float* to = given.sums + slot * kTileFloats;
+        if (range.begin(i0) / kKeys == job.tile) {  // the first key that some query of the tile sees
+          bulk_store(to, at.sums, kSumBytes);
+        } else {
+          wait_for_turn_of(turn, job.tile);
+          fence_async_proxy_global();
+          bulk_add(to, at.sums, kSumBytes);
+        }
+        bulk_commit();
+        bulk_wait_read<0>();
+        mbarrier_arrive(&at.sums_handover->empty);
+        bulk_wait<0>();
+        fence_async_proxy_global();
+        give_turn(turn, job.tile + 1);
+      }
+      sync_warp();
+    });
+  }
+
+  // ---- Warps that multiply. ----
+
+  static TFORMER_DEVICE int group() { return thread_index() / kWarpgroup - 1; }
+  // First key of the warp, counted from the tile's.
+  static TFORMER_DEVICE int first_row() { return 64 * group() + 16 * (warp() % 4); }
+
+  // This warp has read what the buffer holds.
+  static TFORMER_DEVICE void release(Handover& handover) {
+    sync_warp();
+    if (lane() == 0) mbarrier_arrive(&handover.empty);
+  }
+
+  TFORMER_DEVICE void multiply_all() const {
+    float dk[2][kWidth / 4], dv[2][kWidth / 4];
+    clear(dk);
+    clear(dv);
+    float s[2][kQueries / 4], dp[2][kQueries / 4], dq[2][16];
+    uint32_t weights[kQueries / 16][4], grads[kQueries / 16][4];
+    if (job.tiles > 0) mbarrier_wait(&at.kv->full, 0);
+    const int count = job.tiles * job.group_size;
+    int tile = job.first_tile;
+#pragma unroll 1
+    for (int n = 0; n < count; ++n) {  // as for_each_tile, which has more to keep
+      tile = (tile == job.first_tile ? tile + job.tiles : tile) - 1;
+      const int buffer = buffer_of(n);
+      mbarrier_wait(&at.q_handover[buffer].full, phase_of(n));
+      multiply_rows(s, at.k, at.q_tile(n));
+      mbarrier_wait(&at.grad_o_handover[buffer].full, phase_of(n));
+      multiply_rows(dp, at.v, at.grad_o_tile(n));
+      wgmma_wait<1>();
+      hold(s);
+      weigh(s, at.lse(n), tile * kQueries);
+      if constexpr (kEarly) {
+        pack(weights, s);
+        multiply_down(dv, weights, at.grad_o_tile(n));
+        wgmma_wait<1>();
+      } else {
+        // A loop of one pass: in a straight line ptxas takes the wait before the exponents.
+        do {
+          wgmma_wait<0>();
+        } while (p.scale < 0);
+      }
+      hold(dp);
+      differentiate(dp, s, at.delta(n));
+      pack(grads, dp);
+      if constexpr (!kEarly) {
+        pack(weights, s);
+        multiply_down(dv, weights, at.grad_o_tile(n));
+      }
+      put(grads, at.ds_tile(n));
+      fence_async_proxy();
+      sync_threads_of(kMultiplyBarrier, kGroups * kWarpgroup);
+      multiply_keys(dq, at.ds_tile(n));
+      multiply_down(dk, grads, at.q_tile(n));
+      wgmma_wait<1>();  // dv and dq
+      hold(dv);
+      hold(weights);
+      hold(dq);
+      release(at.grad_o_handover[buffer]);
+      send(dq, n);
+      wgmma_wait<0>();
+      hold(dk);
+      hold(grads);
+      release(at.q_handover[buffer]);
+    }
+    finish(dk, dv);
+  }
+
+  // s = a bT: 64 rows of the warpgroup, all queries.
+  static TFORMER_DEVICE void multiply_rows(float (&s)[2][kQueries / 4], const KeyTile& a, const QueryTile& b) {
+    const uint64_t rows = a.by_rows(64 * group()), columns = b.by_rows(0);
+    hold(s);
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < kWidth / 16; ++d) {
+      Wgmma<T, kQueries>::shared(s, advance(rows, KeyTile::column_bytes(d)),
+                                 advance(columns, QueryTile::column_bytes(d)), d > 0);
+    }
+    wgmma_commit();
+  }
+
+  // o += w b, over all queries.
+  static TFORMER_DEVICE void multiply_down(float (&o)[2][kWidth / 4], const uint32_t (&w)[kQueries / 16][4],
+                                           const QueryTile& b) {
+    const uint64_t columns = b.by_columns();
+    hold(o);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kQueries / 16; ++i) {
+      Wgmma<T, kWidth>::template registers<0>(o, w[i], advance(columns, i * 16 * kBoxRowBytes), true);
+    }
+    wgmma_commit();
+  }
+
+  // dq of 64 queries and 64 columns, over all keys: warpgroups share the queries of wide tiles, else the columns.
+  TFORMER_DEVICE void multiply_keys(float (&dq)[2][16], const GradTile& ds) const {
+    const int query_box = kQueries > 64 ? group() : 0, column_box = kQueries > 64 ? 0 : group();
+    const uint64_t rows = advance(ds.by_columns(), query_box * GradTile::kBoxBytes);
+    const uint64_t columns = advance(at.k.by_columns(), column_box * KeyTile::kBoxBytes);
+    hold(dq);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < kKeys / 16; ++j) {
+      const int bytes = j * 16 * kBoxRowBytes;
+      Wgmma<T, 64>::across(dq, advance(rows, bytes), advance(columns, bytes), j > 0);
+    }
+    wgmma_commit();
+  }
+
+  // Products become weights.
+  TFORMER_DEVICE void weigh(float (&s)[2][kQueries / 4], const float* lse, int i0) const {
+    if (i0 < job.all_begin || i0 + kQueries > job.all_end) {
+      const KeyRangeOf<int> range = job.range(p);
+      const int lane_i0 = i0 + P::first_column();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int j = job.j0 + first_row() + P::row(r), begin = range.query_begin(j) - lane_i0;
+        const int end = j < job.Sk ? range.query_end(j, job.Sq) - lane_i0 : 0;
+#pragma unroll
+        for (int c = 0; c < kQueries / 4; ++c) {
+          const int i = P::column_offset(c);
+          s[r][c] = i >= begin && i < end ? s[r][c] : -kInfinity<float>;
+        }
+      }
+    }
+    const float unit = static_cast<float>(p.scale) * Exponent<T>::kUnit;
+#pragma unroll
+    for (int c = 0; c < kQueries / 4; c += 2) {
+      const Two held = two_of(lse, c);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& x = s[e / 2][c + e % 2];
+        x = Exponent<T>::power(fma(x, unit, -held.x[e % 2]));
+      }
+    }
+  }
+
+  // dp becomes ds.
+  static TFORMER_DEVICE void differentiate(float (&dp)[2][kQueries / 4], const float (&weights)[2][kQueries / 4],
+                                           const float* delta) {
+#pragma unroll
+    for (int c = 0; c < kQueries / 4; c += 2) {
+      const Two subtracted = two_of(delta, c);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& x = dp[e / 2][c + e % 2];
+        x = weights[e / 2][c + e % 2] * (x - subtracted.x[e % 2]);
+      }
+    }
+  }
+
+  // Those of the lane's columns c and c + 1.
+  struct alignas(8) Two {
+    float x[2];
+  };
+  static TFORMER_DEVICE Two two_of(const float* rows, int c) {
+    return *reinterpret_cast<const Two*>(rows + P::column(c));
+  }
+
+  // A left operand, where it is: as in TensorCores::multiply_down.
+  static TFORMER_DEVICE void pack(uint32_t (&to)[kQueries / 16][4], const float (&s)[2][kQueries / 4]) {
+#pragma unroll
+    for (int i = 0; i < kQueries / 16; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float* pair = &s[e % 2][4 * i + e / 2 * 2];
+        to[i][e] = pack_two<T>(pair[0], pair[1]);
+      }
+    }
+  }
+
+  // The warp's rows of what pack made into the tile.
+  static TFORMER_DEVICE void put(const uint32_t (&packed)[kQueries / 16][4], const GradTile& tile) {
+#pragma unroll
+    for (int i = 0; i < kQueries / 16; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        char* chunk = tile.at(first_row() + P::row(e % 2), 2 * i + e / 2);
+        *reinterpret_cast<uint32_t*>(chunk + lane() % 4 * 4) = packed[i][e];
+      }
+    }
+  }
+
+  // dq of this warpgroup to the warp that sends it on.
+  TFORMER_DEVICE void send(const float (&dq)[2][16], int n) const {
+    mbarrier_wait(&at.sums_handover->empty, n & 1 ^ 1);
+    char* to = at.sums + group() * kSumFloats * 4 + thread_index() % kWarpgroup * 16;
+#pragma unroll
+    for (int m = 0; m < kSumChunks; ++m) {
+      const float* x = &dq[m / 4][m % 4 * 4];
+      store_16(to + m * kWarpgroup * 16, {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}});
+    }
+    fence_async_proxy();
+    sync_warp();
+    if (lane() == 0) mbarrier_arrive(&at.sums_handover->full);
+  }
+
+  TFORMER_DEVICE void finish(float (&dk)[2][kWidth / 4], float (&dv)[2][kWidth / 4]) const {
+    const int length = call.packed ? job.Sk : static_cast<int>(p.Sk);  // keys past key_lengths get zeros
+    const int first = first_row(), row0 = job.j0 + first;
+    multiply_all_by(dk);
+    const unsigned suspects = suspect_rows<P>(dk) | suspect_rows<P>(dv);
+    sync_threads_of(kMultiplyBarrier, kGroups * kWarpgroup);  // products of all warps have read keys and values
+    P::put(dk, at.k, first);
+    P::put(dv, at.v, first);
+    store_rows(at.k, first, 16, row_at<T>(p.grad_k, job.b, job.kv_head, job.k_begin + row0), p.grad_k.stride[2],
+               length - row0, static_cast<int>(p.D), true);
+    store_rows(at.v, first, 16, row_at<T>(p.grad_v, job.b, job.kv_head, job.k_begin + row0), p.grad_v.stride[2],
+               length - row0, static_cast<int>(p.Dv), true);
+#pragma unroll 1
+    for (int n = 0; n < 16; ++n) {
+      if (suspects >> n & 1 && row0 + n < length) {
+        redo_grad_key<T, true, true, true>(p, Positions(job.sequence()), job.b, job.kv_head, row0 + n);
+      }
+    }
+  }
+  TFORMER_DEVICE void multiply_all_by(float (&dk)[2][kWidth / 4]) const {
+    gpu::multiply_all(dk, static_cast<float>(p.scale));
+  }
+};
+
+// dq out of the sums of HopperBackward: a block for each tile of queries.
+template <class T, int kWidth>
+struct HopperQueryGradients {
+  using P = TensorCores<T, 2>;
+  static constexpr int kQueries = HopperBackwardShape<kWidth>::kQueries;
+  static constexpr int kThreads = kQueries / 16 * kWarp;
+  using QueryTile = SharedTile<T, kQueries, kWidth>;
+  static constexpr size_t kSharedBytes = QueryTile::kBytes;
+
+  static TFORMER_DEVICE void run(const HopperBackwardCall& given, char* shared) {
+    const AttentionCall& call = given.call;
+    const AttentionParams& p = call.p;
+    Work work = work_of(call.grid, block_index<0>());
+    int64_t b = work.head / p.Hq, h = work.head % p.Hq;
+    if (call.packed) {
+      h = work.head;
+      if (!find_sequence(p.cu_seqlens_q, p.B, kQueries, work.tile, b)) return;
+    }
+    finish(given, {shared}, static_cast<int>(b), static_cast<int>(h), static_cast<int>(work.tile) * kQueries);
+  }
+
+  static TFORMER_DEVICE void finish(const HopperBackwardCall& given, const QueryTile& tile, int b, int h, int i0) {
+    const AttentionParams& p = given.call.p;
+    const Sequence sequence = sequence_of(p, b);
+    const Positions seq(sequence);
+    const Scores<T, true> scores(p, sequence, b, h);
+    const int first = 16 * warp(), row0 = i0 + first;
+    const int64_t slot = slot_of(given.call, seq.q_begin, b, h, i0);
+    float dq[2][kWidth / 4];
+    clear(dq);
+    if (given.turns[slot] != 0) load(dq, given.sums + slot * kTileFloats);  // else no key is seen
+    multiply_all(dq, scores.scale);
+    const unsigned suspects = suspect_rows<P>(dq);
+    P::put(dq, tile, first);
+    tile.store(first, 16, row_at<T>(p.grad_q, b, h, seq.q_begin + row0), p.grad_q.stride[2], seq.Sq - row0,
+               static_cast<int>(p.D), true);
+    for (int n = 0; n < 16; ++n) {
+      if (suspects >> n & 1 && row0 + n < seq.Sq) redo_grad_query(scores, seq, b, h, row0 + n);
+    }
+  }
+
+  // As HopperBackward::send left them.
+  static TFORMER_DEVICE void load(float (&dq)[2][kWidth / 4], const float* sums) {
+    sums += thread_index() / kWarpgroup * kSumFloats + thread_index() % kWarpgroup * 4;
+#pragma unroll
+    for (int part = 0; part < kWidth / 64; ++part) {
+#pragma unroll
+      for (int m = 0; m < kSumChunks; ++m) {
+        const Bits16Bytes chunk = load_16(sums + part * kSumFloats + m * kWarpgroup * 4);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dq[m / 4][16 * part + m % 4 * 4 + e] = float_of_bits(chunk.word[e]);
+      }
+    }
+  }
+};
+
+}  // namespace tformer::gpu

@@ -1,0 +1,39 @@
+// Included by the file that compiles the kernels of a dtype for sm_90a.
+#pragma once
+
+#include "../attention_dispatch.h"
+#include "attention_backward.h"
+#include "attention_maps.h"
+
+namespace tformer::gpu {
+
+template <class T, int kWidth>
+Status launch_hopper_backward_width(const AttentionCall& given, const HopperSums& sums, Stream stream) {
+  using Kernel = HopperBackward<T, kWidth>;
+  HopperBackwardCall call{};
+  call.call = given;
+  call.sums = sums.sums, call.turns = sums.turns, call.ticket = sums.turns + hopper_slots(given);
+  const AttentionParams& p = given.p;
+  const int64_t batches = given.packed ? 1 : p.B;
+  WorkGrid& grid = call.call.grid;
+  grid = grid_of(given, Kernel::kKeys, p.Sk, p.Hk, p.Sq * p.Hq / p.Hk);
+  if (grid.blocks() == 0) return kSuccess;
+  Status status = map_of(call.q, p.q, p.D, p.Sq, p.Hq, batches, Kernel::kQueries);
+  if (status == kSuccess) status = map_of(call.grad_o, p.grad_o, p.Dv, p.Sq, p.Hq, batches, Kernel::kQueries);
+  if (status == kSuccess) status = map_of(call.k, p.k, p.D, p.Sk, p.Hk, batches, Kernel::kKeys);
+  if (status == kSuccess) status = map_of(call.v, p.v, p.Dv, p.Sk, p.Hk, batches, Kernel::kKeys);
+  if (status == kSuccess) status = launch<Kernel>({grid.blocks()}, Kernel::kSharedBytes, stream, call);
+  if (status != kSuccess) return status;
+  grid = grid_of(given, Kernel::kQueries, p.Sq, p.Hq, 0);
+  using QueryKernel = HopperQueryGradients<T, kWidth>;
+  return launch<QueryKernel>({grid.blocks()}, QueryKernel::kSharedBytes, stream, call);
+}
+
+template <class T>
+Status launch_hopper_backward(const AttentionCall& call, const HopperSums& sums, Stream stream) {
+  return larger(static_cast<int>(call.p.D), static_cast<int>(call.p.Dv)) <= 64
+             ? launch_hopper_backward_width<T, 64>(call, sums, stream)
+             : launch_hopper_backward_width<T, 128>(call, sums, stream);
+}
+
+}  // namespace tformer::gpu
