@@ -68,6 +68,15 @@ def emulated(emulation, monkeypatch):
 
 
 @pytest.fixture
+def hopper(emulated):
+    """As emulated, with the kernels of an sm_90 on which TFORMER_EXT_SM90=1."""
+    from emulation.library import HOPPER
+
+    emulated.set_device(HOPPER, hopper_kernels=True)
+    return emulated
+
+
+@pytest.fixture
 def cuda():
     """New tensors are on the GPU; skips the test where there is none."""
     if not torch.cuda.is_available():

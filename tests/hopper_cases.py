@@ -1,9 +1,9 @@
 """Attention calls that the kernels for sm_90a take, and how their values are checked: by the emulation and on a GPU."""
 
 import torch
-from cases import Case, in_dtype, tensors
-from same_maths import forward_yardsticks
-from tolerances import assert_close, farther
+from cases import Case, gradients, in_dtype, tensors
+from same_maths import forward_yardsticks, yardsticks
+from tolerances import assert_close, assert_gradient_close, farther
 
 from tformer_ext import functional as F
 from tformer_ext import reference
@@ -53,3 +53,36 @@ def check_values(case, dtype):
     actual = F.attention(*qkv, **options, return_lse=True)
     for name, a, g, f in zip(("out", "lse"), actual, golden, same, strict=True):
         assert_close(a, g, farther(f, g), f"{dtype} {name}")
+
+
+# Head dimensions above 128 go to the portable kernels. Tiles are 128 keys by 64 queries, up to width 64 by 128.
+BACKWARD_CASES = [
+    *(case for case in HOPPER_CASES if max(case.shape[5:]) <= 128),
+    Case("several tiles", (1, 2, 1, 300, 400, 128, 128)),
+    Case("several tiles causal", (1, 2, 2, 400, 400, 64, 64), {"causal": True}),
+    Case("eight heads of queries", (1, 8, 1, 70, 150, 128, 128), {"causal": "lower_right"}),
+    Case("keys nobody sees", (1, 2, 2, 60, 400, 64, 64), {"causal": True}),
+    Case("window over several tiles", (1, 2, 1, 500, 500, 128, 128), {"window": (150, 60)}),
+    Case("causal window over several tiles", (1, 2, 1, 500, 500, 64, 64), {"window": (100, -1), "causal": True}),
+    Case("window right only", (1, 2, 1, 300, 300, 64, 64), {"window": (-1, 10)}),
+    Case("window left only", (1, 2, 1, 300, 300, 64, 64), {"window": (10, -1)}),
+    Case("all keys hidden", (2, 2, 1, 70, 150, 128, 128), {"key_lengths": [0, 0]}),
+]
+
+
+def backward_inputs(case, dtype):
+    """(query, key, value), keywords, cotangents of out and lse."""
+    torch.manual_seed(1)
+    qkv, options = tensors(case, dtype)
+    B, Hq, _, Sq, _, _, Dv = case.shape
+    return qkv, options, (torch.randn(B, Hq, Sq, Dv).to(dtype), torch.randn(B, Hq, Sq))
+
+
+def check_gradients(case, dtype):
+    """Gradients of query, key, value and sinks, by out and lse, against float64."""
+    qkv, options, cotangents = backward_inputs(case, dtype)
+    golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)[1]
+    same = list(zip(*yardsticks(qkv, options, cotangents, dtype), strict=True))[2:]
+    actual = gradients(F.attention, *in_dtype(qkv, options, dtype, True), cotangents)[1]
+    for name, a, g, f in zip(("query", "key", "value", "sinks"), actual, golden, same, strict=False):
+        assert_gradient_close(a, g, farther(f, g), f"{dtype} gradient of {name}")

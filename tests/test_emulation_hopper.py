@@ -9,7 +9,7 @@ from hopper_wrappers import boxes_of, boxes_source, chain, multiply_across, mult
 
 @pytest.fixture
 def hopper(emulation):
-    """As `emulation`, on an emulated sm_90."""
+    """As `emulation`, on an emulated sm_90; not as conftest's, which is for the Python functions."""
     from emulation.library import HOPPER
 
     emulation.set_device(HOPPER)

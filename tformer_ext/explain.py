@@ -42,6 +42,7 @@ HOPPER_REFUSALS = {
     5: ("split", "there are few queries for many keys, so the keys are split over blocks"),
     6: ("layout", "addresses or strides are no multiples of 16 bytes, a dimension is expanded, or there are no keys"),
     7: ("not_wanted", "they have not yet run on hardware, so they want TFORMER_EXT_SM90=1 in the environment"),
+    8: ("width", "head dimensions above 128 would want more registers than there are"),
 }
 
 SECOND_DERIVATIVE = "a second derivative runs through the reference in PyTorch operations"
@@ -136,23 +137,29 @@ def _cuda_kernels(query, key, value, options):
     if is_dtensor(query):  # this rank's part is told of
         query, key, value = (t.to_local() for t in (query, key, value))
         options = {k: v.to_local() if is_dtensor(v) else v for k, v in options.items()}
-    refused = hopper_refusal(torch.ops.tformer_ext._attention_forward_refusal, query, key, value, options)
-    if refused is None:
-        return f"tensor cores by warpgroups (wgmma), {dtype} into float32", ()
-    name, reason = refused
-    if query.dtype in (torch.float64, torch.float32):
+    forward, backward = hopper_refusals(torch.ops.tformer_ext._attention_refusals, query, key, value, options)
+    product = f"tensor cores, {dtype} into float32"
+    if forward is None:
+        product = f"tensor cores by warpgroups (wgmma), {dtype} into float32"
+    elif query.dtype in (torch.float64, torch.float32):
         return f"{dtype} multiply-add", ()
-    note = () if name == "device" else (f"not the kernels for sm_90a: {reason}",)
-    return f"tensor cores, {dtype} into float32", note
+    elif forward[0] == "device":
+        return product, ()
+    if forward == backward:
+        told = {"": forward}
+    else:
+        told = {"forward: ": forward, "backward: ": backward}
+    return product, tuple(f"{which}not the kernels for sm_90a: {why[1]}" for which, why in told.items() if why)
 
 
-def hopper_refusal(operator, query, key, value, options):
-    """(name, reason) for which a call does not go to the kernels for sm_90a, None: it does. The operator is that of the
-    device's backend; positions, lengths and sinks are no reason."""
+def hopper_refusals(operator, query, key, value, options):
+    """For forward and backward (name, reason) for which a call does not go to the kernels for sm_90a, None: it does.
+
+    The operator is that of the device's backend; positions, lengths and sinks are no reason."""
     B, Hq, Sq, D = query.shape
     full = (B, Hq, Sq, key.shape[2])
     dropout_p = options.get("dropout_p", 0.0)
-    code = operator(
+    codes = operator(
         *(check.unit_stride(t) for t in (query, key, value)),
         bias=check.score_operand("bias", options.get("bias"), full),
         mask=check.score_operand("mask", options.get("mask"), full),
@@ -162,4 +169,4 @@ def hopper_refusal(operator, query, key, value, options):
         softcap=check.softcap_value(options.get("softcap", 0.0)),
         dropout_p=dropout_p,
     )
-    return HOPPER_REFUSALS[code] if code else None
+    return tuple(HOPPER_REFUSALS[code] if code else None for code in codes)

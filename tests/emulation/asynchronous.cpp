@@ -63,7 +63,7 @@ struct Product {
   std::shared_ptr<Accumulator> d;
   ProductLane lanes[kWarp];
   int warp;
-  std::vector<uint16_t> a, b;  // (16, 16), (16, n) as they were when it began
+  std::vector<uint16_t> a, b;  // as they lay when it began
 };
 
 struct WarpProducts {
@@ -142,17 +142,26 @@ struct Matrix {
   }
 };
 
-uint16_t element(const Site& site, uint32_t address) {
+// 8 elements next to each other, which the swizzle keeps together.
+void read_eight(const Site& site, uint32_t address, uint16_t* to) {
   const char* at = shared_at(address);
-  check_shared(site, at, 2, 2);
-  return same_bits<uint16_t>(at);
+  check_shared(site, at, 16, 16);
+  std::memcpy(to, at, 16);
+}
+
+// rows x 16 from `row0` on, or 16 x rows, as they lie: `across` tells which.
+void read_matrix(const Site& site, const Matrix& matrix, bool across, int row0, int rows, uint16_t* to) {
+  for (int n = 0; n < rows * 2; ++n) {
+    const uint32_t at =
+        across ? matrix.by_columns(n / (rows / 8), row0 + n % (rows / 8) * 8) : matrix.by_rows(row0 + n / 2, n % 2 * 8);
+    read_eight(site, at, to + 8 * n);
+  }
 }
 
 // a as the warp's lanes hold it, or out of shared memory; b.
 void read_operands(const Product& p, std::vector<uint16_t>& a, std::vector<uint16_t>& b) {
   const ProductLane& first = p.lanes[0];
-  const auto n = static_cast<size_t>(first.n);
-  a.resize(16 * 16), b.resize(16 * n);
+  a.resize(16 * 16), b.resize(static_cast<size_t>(16 * first.n));
   if (first.a) {
     for (int lane = 0; lane < kWarp; ++lane) {
       for (int r = 0; r < 4; ++r) {
@@ -163,22 +172,9 @@ void read_operands(const Product& p, std::vector<uint16_t>& a, std::vector<uint1
       }
     }
   } else {
-    const Matrix rows(p.site, first.rows);
-    for (int i = 0; i < 16; ++i) {
-      const int row = 16 * (p.warp % 4) + i;
-      for (int k = 0; k < 16; ++k) {
-        a[static_cast<size_t>(16 * i + k)] =
-            element(p.site, first.a_across ? rows.by_columns(k, row) : rows.by_rows(row, k));
-      }
-    }
+    read_matrix(p.site, Matrix(p.site, first.rows), first.a_across, 16 * (p.warp % 4), 16, a.data());
   }
-  const Matrix columns(p.site, first.columns);
-  for (int k = 0; k < 16; ++k) {
-    for (int j = 0; j < first.n; ++j) {
-      const uint32_t at = first.b_across ? columns.by_columns(k, j) : columns.by_rows(j, k);
-      b[static_cast<size_t>(k) * n + static_cast<size_t>(j)] = element(p.site, at);
-    }
-  }
+  read_matrix(p.site, Matrix(p.site, first.columns), first.b_across, 0, first.n, b.data());
 }
 
 // f(a lane's register, the element of the accumulator that it holds).
@@ -224,11 +220,24 @@ void end_product(const Product& p) {
   Accumulator& d = *p.d;
   const ProductLane& first = p.lanes[0];
   if (!first.accumulate) std::fill(d.values.begin(), d.values.end(), 0.0f);
+  std::vector<float> wide_a(16 * 16), wide_b(b.size());  // (16, 16), (16, n)
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      wide_a[static_cast<size_t>(16 * i + k)] =
+          first.wide(a[static_cast<size_t>(first.a_across ? 16 * k + i : 16 * i + k)]);
+    }
+  }
+  for (int k = 0; k < 16; ++k) {
+    for (int j = 0; j < d.n; ++j) {
+      wide_b[static_cast<size_t>(k * d.n + j)] =
+          first.wide(b[static_cast<size_t>(first.b_across ? k * d.n + j : 16 * j + k)]);
+    }
+  }
   for (int i = 0; i < 16; ++i) {
     float* row = &d.values[static_cast<size_t>(i * d.n)];
     for (int k = 0; k < 16; ++k) {
-      const float x = first.wide(a[static_cast<size_t>(16 * i + k)]);
-      for (int j = 0; j < d.n; ++j) row[j] += x * first.wide(b[static_cast<size_t>(k * d.n + j)]);
+      const float x = wide_a[static_cast<size_t>(16 * i + k)], *y = &wide_b[static_cast<size_t>(k * d.n)];
+      for (int j = 0; j < d.n; ++j) row[j] += x * y[j];
     }
   }
   if (--d.running) return;
@@ -268,16 +277,15 @@ std::string land_box(size_t which) {
   used->boxes.erase(used->boxes.begin() + static_cast<int64_t>(which));
   const auto& [data, sizes, strides, rows] = box.map;
   for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < kColumns; ++c) {
-      const int64_t at[4] = {box.at[0] + c, box.at[1] + r, box.at[2], box.at[3]};
-      bool there = true;
-      int64_t offset = 2 * at[0];
-      for (int d = 0; d < 4; ++d) there = there && at[d] >= 0 && at[d] < sizes[d];
-      for (int d = 0; d < 3; ++d) offset += at[d + 1] * strides[d];
-      const uint32_t to = shared_address(box.shared) + static_cast<uint32_t>(r * kBoxRowBytes + 2 * c);
-      const uint16_t bits = there ? same_bits<uint16_t>(data + offset) : uint16_t{0};
-      std::memcpy(shared_at(swizzled(to)), &bits, 2);
-    }
+    const int64_t at[3] = {box.at[1] + r, box.at[2], box.at[3]};
+    bool there = box.at[0] >= 0;
+    int64_t offset = 2 * box.at[0];
+    for (int d = 0; d < 3; ++d) there = there && at[d] >= 0 && at[d] < sizes[d + 1], offset += at[d] * strides[d];
+    const int64_t columns = there ? std::clamp<int64_t>(sizes[0] - box.at[0], 0, kColumns) : 0;
+    uint16_t row[kColumns] = {};
+    if (columns) std::memcpy(row, data + offset, static_cast<size_t>(2 * columns));
+    const uint32_t to = shared_address(box.shared) + static_cast<uint32_t>(r * kBoxRowBytes);
+    for (uint32_t n = 0; n < kBoxRowBytes; n += 16) std::memcpy(shared_at(swizzled(to + n)), row + n / 2, 16);
   }
   const auto found = used->barriers.find(box.barrier);
   found->second.bytes -= int64_t{kBoxRowBytes} * rows;
