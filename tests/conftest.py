@@ -52,6 +52,7 @@ def emulation(emulation_library):
     from emulation.library import AMPERE
 
     emulation_library.set_seed(0)
+    emulation_library.set_poison(nan=True)
     emulation_library.set_device(AMPERE)
     return emulation_library
 

@@ -38,7 +38,7 @@ def main() -> int:
         steps |= {
             "sm90-tests": lambda: run_tests(r"attention_kernels[,)]|mark\.cuda", **SM90),
             "sm90-sanitizer": lambda: sanitize("memcheck", **SM90),  # racecheck knows no copy engine
-            "sm90-bench": lambda: bench(options.budget, "--filter", "^attention.*forward", **SM90),
+            "sm90-bench": lambda: bench(options.budget, "--filter", "^attention", **SM90),
         }
     outcomes = {}
     for name, step in steps.items():

@@ -27,6 +27,8 @@ def attention():
             plain = [t.detach() for t in (query, key, value)]
             F.attention(plain[0][:, :, :1], *plain[1:])
             F.attention(*plain, causal=True)
+            out = F.attention(query, key, value, causal=True)
+            out.backward(torch.randn_like(out))  # dense, as the copy engine wants it
 
 
 if __name__ == "__main__":

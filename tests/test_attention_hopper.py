@@ -41,6 +41,7 @@ def test_order_does_not_show(case, hopper):
     expected = F.attention(*qkv, **options, return_lse=True)
     for seed in range(1, 6):
         hopper.set_seed(seed)
+        hopper.set_poison(nan=seed % 2 == 0)  # a NaN could be repaired
         for a, b in zip(F.attention(*qkv, **options, return_lse=True), expected, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"with seed {seed}"
 

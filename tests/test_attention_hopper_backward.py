@@ -42,8 +42,8 @@ def test_gradients(case, dtype, backward):
     assert (backward.boxes() > 0) != nothing
 
 
-TAKEN = ("several key ranges", "causal lower right tall has dead rows", "causal upper left wide", "window of one key", "window causal",
-         "one element", "sinks", "one past the tiles", "grouped queries", "heads after length")  # fmt: skip
+TAKEN = ("several key ranges", "causal lower right tall has dead rows", "causal upper left wide", "window causal",
+         "window of one key", "one element", "sinks", "one past the tiles", "grouped queries")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in TAKEN], ids=str)
@@ -65,6 +65,7 @@ def test_order_does_not_show(case, backward):
     assert backward.boxes() > 0
     for seed in range(1, 13):
         backward.set_seed(seed)
+        backward.set_poison(nan=seed % 2 == 0)  # a NaN could be repaired
         for n, (a, b) in enumerate(zip(bits(case, torch.bfloat16), expected, strict=True)):
             assert torch.equal(a, b), f"gradient {n} with seed {seed}"
 

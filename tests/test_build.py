@@ -190,8 +190,11 @@ def test_cuda_build_has_code_for_sm_90a():
     """Of attention's own kernels for it, and of nothing else."""
     archs = _C.build_info()["cuda"]
     assert ("sm_90a" in archs) == ("sm_90" in archs)
-    objects = [file.name for file in (build_folder() / "cuda/sm_90a").rglob("*.o")]
-    assert sorted(objects) == (["attention_forward_bf16.o", "attention_forward_f16.o"] if "sm_90a" in archs else [])
+    objects = {file.name for file in (build_folder() / "cuda/sm_90a").rglob("*.o")}
+    expected = {
+        f"attention_{direction}_{dtype}.o" for direction in ("forward", "backward") for dtype in ("bf16", "f16")
+    }
+    assert objects == (expected if "sm_90a" in archs else set())
 
 
 @needs_cuda_build

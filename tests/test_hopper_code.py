@@ -1,5 +1,6 @@
 """What the compiler makes of the kernels for sm_90a: facts that decide their speed and that need no GPU to be seen."""
 
+import functools
 import os
 import re
 import shutil
@@ -13,9 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc/cuda/hopper"
 NVCC = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda", "bin", "nvcc")
 FLAGS = ["-c", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
-WIDTHS = (64, 128, 256)
-# A tile of keys by head dimension, of which one warp has 16 rows: exponents of a thread, products of q k and of p v.
+WIDTHS = {"forward": (64, 128, 256), "backward": (64, 128)}
+# Forward: a tile of keys by head dimension, of which one warp has 16 rows: exponents of a thread, products.
 KEYS = {64: 112, 128: 128, 256: 80}
+# Backward: a tile of queries; one of keys has 128, 64 for each warpgroup.
+QUERIES = {64: 128, 128: 64}
+REGISTERS = {("forward", 64): (32, 160), ("backward", 64): (32, 240), ("backward", 128): (32, 240)}  # else (24, 240)
 
 pytestmark = [
     pytest.mark.skipif(not NVCC.is_file(), reason="needs nvcc: set CUDA_HOME"),
@@ -23,25 +27,43 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["bf16", "f16"])
-def compiled(request, tmp_path_factory):
-    """(object file, what nvcc said)"""
-    target = tmp_path_factory.mktemp("hopper") / f"{request.param}.o"
-    source = SOURCES / f"attention_forward_{request.param}.cu"
-    command = [NVCC, *FLAGS, f"-I{ROOT / 'csrc/cuda'}", source, "-o", target]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return target, result.stdout + result.stderr
+DTYPES = ("bf16", "f16")
+EACH = pytest.mark.parametrize("direction, dtype", [(d, t) for d in WIDTHS for t in DTYPES])
 
 
-def test_products_run_by_themselves(compiled):
+def of(direction):
+    return pytest.mark.parametrize("dtype, width", [(t, width) for t in DTYPES for width in WIDTHS[direction]])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """compiled(direction, dtype): (object file, what nvcc said)"""
+
+    @functools.cache
+    def run(direction, dtype):
+        name = f"attention_{direction}_{dtype}"
+        target = tmp_path_factory.mktemp("hopper") / f"{name}.o"
+        command = [NVCC, *FLAGS, f"-I{ROOT / 'csrc/cuda'}", SOURCES / f"{name}.cu", "-o", target]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return target, result.stdout + result.stderr
+
+    return run
+
+
+@EACH
+def test_products_run_by_themselves(compiled, direction, dtype):
     """C75xx: ptxas serialises products, or puts waits of its own between them."""
-    assert "C75" not in compiled[1], compiled[1]
+    said = compiled(direction, dtype)[1]
+    assert "C75" not in said, said
 
 
-def test_nothing_is_spilled(compiled):
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled[1])
-    assert spills == [("0", "0", "0")] * len(WIDTHS), compiled[1]
+@EACH
+def test_nothing_is_spilled(compiled, direction, dtype):
+    said = compiled(direction, dtype)[1]
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    kernels = len(WIDTHS[direction]) * (2 if direction == "backward" else 1)  # and the one that writes dq
+    assert spills == [("0", "0", "0")] * kernels, said
 
 
 def find_cuobjdump() -> tuple[Path, str] | None:
@@ -54,27 +76,45 @@ def find_cuobjdump() -> tuple[Path, str] | None:
 
 @pytest.fixture(scope="module")
 def machine_code(compiled):
-    """width -> instructions, in order."""
+    """machine_code(direction, dtype): width -> instructions, in order"""
     tool = find_cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump and nvdisasm")
-    command, environment = [tool[0], "-sass", compiled[0]], {**os.environ, "PATH": tool[1]}
-    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    functions = {}
-    for part in text.split("Function : ")[1:]:
-        width = int(re.search(r"HopperForwardI\w+?Li(\d+)E", part).group(1))
-        functions[width] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*[^;]*);", part)
-    assert sorted(functions) == list(WIDTHS)
-    return functions
+
+    @functools.cache
+    def disassemble(direction, dtype):
+        command, environment = [tool[0], "-sass", compiled(direction, dtype)[0]], {**os.environ, "PATH": tool[1]}
+        text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        functions = {}
+        for part in text.split("Function : ")[1:]:
+            found = re.search(rf"Hopper{direction.capitalize()}I\w+?Li(\d+)E", part.partition("\n")[0])
+            if found:
+                instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*[^;]*);", part)
+                functions[int(found.group(1))] = instructions
+        assert sorted(functions) == list(WIDTHS[direction])
+        return functions
+
+    return disassemble
 
 
 def count(instructions, name):
     return sum(line.startswith(name) for line in instructions)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_instructions(machine_code, width):
-    code = machine_code[width]
+def waits_of(instructions):
+    """[(groups that may still be on their way, exponents since the wait before)], in order."""
+    waits, exponents = [], 0
+    for line in instructions:
+        exponents += line.startswith("MUFU.EX2")
+        if line.startswith("WARPGROUP.DEPBAR"):
+            waits.append((int(line.split("0x")[1], 16), exponents))
+            exponents = 0
+    return waits
+
+
+@of("forward")
+def test_instructions(machine_code, dtype, width):
+    code = machine_code("forward", dtype)[width]
     keys, boxes = KEYS[width], width // 64
     # scores twice, the first and the others; values twice, the others and the last
     assert count(code, f"HGMMA.64x{keys}x16") >= 2 * width // 16
@@ -85,33 +125,54 @@ def test_instructions(machine_code, width):
     assert not count(code, "LDL") and not count(code, "STL") and not count(code, "HMMA")
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_softmax_runs_beside_a_product(machine_code, width):
+@of("forward")
+def test_softmax_runs_beside_a_product(machine_code, dtype, width):
     """Between the wait for the scores and that for the values before are all exponents.
 
     In a straight line ptxas would wait for both at once.
     """
-    marks = [line for line in machine_code[width] if line.startswith(("WARPGROUP.DEPBAR", "MUFU.EX2"))]
-    waits = [n for n, line in enumerate(marks) if "DEPBAR" in line]
-    scores = [n for n, line in enumerate(marks) if line.endswith("0x1 ") or line.endswith("0x1")]
-    assert len(scores) == 1
-    following = min(n for n in waits if n > scores[0])
-    assert following - scores[0] - 1 >= KEYS[width] // 2
+    waits = waits_of(machine_code("forward", dtype)[width])
+    scores = [n for n, (pending, _) in enumerate(waits) if pending == 1]
+    assert len(scores) == 1 and waits[scores[0] + 1][1] >= KEYS[width] // 2
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_registers_are_within_what_each_role_has(machine_code, width):
+@of("backward")
+def test_instructions_of_backward(machine_code, dtype, width):
+    code, queries, boxes = machine_code("backward", dtype)[width], QUERIES[width], width // 64
+    shapes = {64: 0, 128: 0}
+    shapes[queries] += 2 * width // 16  # scores and dp
+    shapes[width] += 2 * queries // 16  # dv and dk
+    shapes[64] += 128 // 16  # dq
+    for columns, expected in shapes.items():
+        assert count(code, f"HGMMA.64x{columns}x16") == expected
+    assert sum(".tnspA" in line for line in code) == 128 // 16
+    assert count(code, "UTMALDG.4D") == 4 * boxes
+    assert count(code, "UBLKRED.G.S.ADD.F32") == count(code, "UBLKCP.G.S") == 1
+    assert count(code, "USETMAXREG") == 2
+    assert not count(code, "LDL") and not count(code, "STL") and not count(code, "HMMA")
+
+
+@of("backward")
+def test_weights_are_made_beside_a_product(machine_code, dtype, width):
+    """The waits for scores, dp, dv and dq, dk; all exponents are between the first two, while dp is on its way."""
+    exponents = QUERIES[width] // 2
+    dp = 1 if width == 128 else 0  # narrow: dv begins later
+    assert waits_of(machine_code("backward", dtype)[width]) == [(1, 0), (dp, exponents), (1, 0), (0, 0)]
+
+
+@EACH
+def test_registers_are_within_what_each_role_has(machine_code, direction, dtype):
     """After setmaxnreg; nothing but spinning waits lies outside of the two stretches."""
-    code = machine_code[width]
-    more, fewer = (
-        next(n for n, line in enumerate(code) if f"USETMAXREG.{kind}" in line) for kind in ("TRY", "DEALLOC")
-    )
-    last = max(n for n, line in enumerate(code) if line.startswith("EXIT"))
-    assert more < fewer < last
-    fetching, multiplying = (32, 160) if width == 64 else (24, 240)
+    for width, code in machine_code(direction, dtype).items():
+        more, fewer = (
+            next(n for n, line in enumerate(code) if f"USETMAXREG.{kind}" in line) for kind in ("TRY", "DEALLOC")
+        )
+        last = max(n for n, line in enumerate(code) if line.startswith("EXIT"))
+        assert more < fewer < last
+        fetching, multiplying = REGISTERS.get((direction, width), (24, 240))
 
-    def highest(lines):
-        return max(int(number) for line in lines for number in re.findall(r"\bR(\d+)\b", line))
+        def highest(lines):
+            return max(int(number) for line in lines for number in re.findall(r"\bR(\d+)\b", line))
 
-    assert highest(code[fewer:last]) < fetching
-    assert highest(code[more:fewer]) < multiplying
+        assert highest(code[fewer:last]) < fetching
+        assert highest(code[more:fewer]) < multiplying

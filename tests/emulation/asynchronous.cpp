@@ -190,7 +190,8 @@ void for_registers_of(Accumulator& d, F&& f) {
   }
 }
 
-constexpr uint32_t kPoison = 0xffa5a5a5;  // a NaN that arithmetic changes: it signals
+// Arithmetic would change it: if a NaN it signals.
+uint32_t register_poison() { return static_cast<uint32_t>(poison) << 24 | 0xa5a5a5; }
 
 void begin_product(Product& p) {
   WarpProducts& mine = used->warps[static_cast<size_t>(p.warp)];
@@ -203,7 +204,8 @@ void begin_product(Product& p) {
     for (int lane = 0; lane < kWarp; ++lane) std::copy(p.lanes[lane].d, p.lanes[lane].d + 2, d->lanes[lane]);
     for_registers_of(*d, [](float& held, float& value) {
       value = held;
-      std::memcpy(&held, &kPoison, sizeof held);
+      const uint32_t bits = register_poison();
+      std::memcpy(&held, &bits, sizeof held);
     });
   }
   if (d->n != first.n) fail(p.site, "products of different shapes add to the same registers");
@@ -242,7 +244,8 @@ void end_product(const Product& p) {
   }
   if (--d.running) return;
   for_registers_of(d, [&](float& held, float& value) {
-    if (same_bits<uint32_t>(&held) != kPoison) fail(p.site, "a register was written while products add to it");
+    if (same_bits<uint32_t>(&held) != register_poison())
+      fail(p.site, "a register was written while products add to it");
     held = value;
   });
   used->warps[static_cast<size_t>(p.warp)].accumulators.erase(first.d[0]);
@@ -368,7 +371,7 @@ void load_box(const Site& site, void* shared, const TensorMap* map, const int (&
   check_shared(site, shared, bytes, 1);
   if (shared_address(shared) % 1024) fail(site, "the box is not at a multiple of 1024");
   phases_of(site, barrier);
-  std::memset(shared, 0xff, bytes);
+  std::memset(shared, poison, bytes);
   used->boxes.push_back({static_cast<char*>(shared), fields, {at[0], at[1], at[2], at[3]}, barrier});
 }
 

@@ -3,7 +3,7 @@
 // it its turns.
 //
 // A copy lands at some step after it was asked for, in any order. A product reads its operands while it runs: they have
-// to be the same when it begins and when it is waited for, and its registers are NaN patterns meanwhile, which nobody
+// to be the same when it begins and when it is waited for, and its registers are poison meanwhile, which nobody
 // may touch. So neither what comes too late nor what is overwritten too early can pass.
 #pragma once
 

@@ -72,6 +72,30 @@ def build() -> Path:
     return LIBRARY
 
 
+def build_changed(folder: Path, file: str, changes: list[tuple[str, str]], kernel: str) -> Path:
+    """The library with changes (old, new) in a header of csrc/cuda and one kernel file compiled with it, in folder."""
+    build()
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    header, target = folder / "csrc/cuda" / file, folder / "emulated.so"
+    for old, new in changes:
+        text = header.read_text()
+        assert text.count(old) == 1, f"{old!r} is not there once"
+        header.write_text(text.replace(old, new))
+    includes = [f"-I{folder / 'csrc/cuda'}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    compiler = cpp_extension.get_cxx_compiler().split()
+    changed = folder / "changed.o"
+    source = folder / "csrc/cuda" / kernel
+    commands = [[*compiler, *FLAGS[:-1], *host_flags(), *includes, "-x", "c++", "-c", source, "-o", changed]]
+    name = f"csrc_cuda_{kernel.replace('/', '_')}.o"
+    objects = [changed, *(path for path in LIBRARY.parent.glob("*.o") if path.name != name)]
+    libraries = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    commands.append([*compiler, "-shared", *objects, "-o", target, *libraries, "-ltorch_cpu"])
+    for command in commands:
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+    return target
+
+
 def build_for_gpu() -> Path:
     """wrapper_kernels.cu as machine code of the present GPU, on sm_90 hopper_kernels.cu too. FileNotFoundError: without
     nvcc."""

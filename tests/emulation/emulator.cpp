@@ -16,6 +16,7 @@
 namespace tformer::gpu::emulation {
 
 Running running;
+unsigned char poison = 0xff;
 
 namespace {
 
@@ -184,9 +185,10 @@ class SharedMemory {
         memory_(rounded_, GuardedMemory::Guard::after) {}
 
   char* begin() const { return memory_.end() - rounded_; }
-  void poison() const { std::memset(begin(), 0xff, rounded_); }
+  void poison() const { std::memset(begin(), emulation::poison, rounded_); }
   bool rest_is_untouched() const {
-    return std::all_of(begin() + bytes_, memory_.end(), [](char c) { return c == '\xff'; });
+    return std::all_of(begin() + bytes_, memory_.end(),
+                       [](char c) { return static_cast<unsigned char>(c) == emulation::poison; });
   }
 
  private:
@@ -230,7 +232,7 @@ void start_block(Place& place, int first, int64_t index, Body body, const void* 
   place.shared.poison();
   for (int n = 0; n < threads; ++n) {
     place.holds->thread(n).reset();
-    place.holds->thread(n).fibre.start(&thread_main, n);
+    place.holds->thread(n).fibre.start(&thread_main, n, poison);
   }
   residents.push_back(place.holds.get());
 }
@@ -410,12 +412,12 @@ void check_shared(const Site& site, const void* address, size_t bytes, size_t al
   check_aligned(site, address, alignment);
 }
 
-// The bytes arrive as late as they may: until then there are NaN patterns.
+// The bytes arrive as late as they may: until then there is poison.
 void copy_async(const Site& site, void* shared, const void* global, int bytes, int valid_bytes) {
   check_shared(site, shared, static_cast<size_t>(bytes), static_cast<size_t>(bytes));
   check_aligned(site, global, static_cast<size_t>(bytes));
   if (valid_bytes < 0 || valid_bytes > bytes) fail(site, "valid_bytes is out of range");
-  std::memset(shared, 0xff, static_cast<size_t>(bytes));
+  std::memset(shared, poison, static_cast<size_t>(bytes));
   current().copies.back().push_back({shared, global, bytes, valid_bytes});
 }
 

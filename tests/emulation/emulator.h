@@ -2,8 +2,8 @@
 // together (barriers, shuffles, mma) is a meeting: the last one to come does it for all.
 //
 // The order is drawn from a seed: of the blocks and how many of them run at a time, of the warps between meetings, of
-// the lanes in a warp. A kernel whose result depends on it has a race. Shared memory and the fibres' stacks hold NaN
-// patterns when a block begins. Errors of the kernel (a meeting not all come to, an address outside shared memory or
+// the lanes in a warp. A kernel whose result depends on it has a race. Shared memory and the fibres' stacks hold poison
+// when a block begins. Errors of the kernel (a meeting not all come to, an address outside shared memory or
 // not aligned) end the launch with a message that names the place.
 #pragma once
 
@@ -63,6 +63,10 @@ void wake(Sleepers& sleepers);
 // The running thread waits for a word of global memory: until some thread of any block calls wake_watchers.
 void watch(const Site& site);
 void wake_watchers();
+
+// What memory and registers hold, byte by byte, before they are written: 0xff, NaN, or 0x49, a number. A NaN may lead a
+// kernel to compute a row again, which hides where it came from.
+extern unsigned char poison;
 
 // A number that belongs to the order of things, drawn from the seed.
 uint64_t draw();

@@ -44,10 +44,10 @@ tformer_switch_stack:
 
 class Fibre {
  public:
-  // The next enter() calls `main`, which must not return. What main's frames hold at first is 0xff. Stacks begin at
+  // The next enter() calls `main`, which must not return. What main's frames hold at first is `poison`. Stacks begin at
   // different offsets in their pages, or all would want the same few lines of the cache.
-  void start(void (*main)(), int index) {
-    std::memset(stack_.end() - kPoisoned, 0xff, kPoisoned);
+  void start(void (*main)(), int index, int poison) {
+    std::memset(stack_.end() - kPoisoned, poison, kPoisoned);
     void** top = reinterpret_cast<void**>(stack_.end() - index % 32 * 320);
     *--top = nullptr;  // main has no caller; as after a call the address of this is 8 more than a multiple of 16
     *--top = reinterpret_cast<void*>(main);
@@ -67,8 +67,8 @@ class Fibre {
 
 class Fibre {
  public:
-  void start(void (*main)(), int) {
-    std::memset(stack_.begin(), 0xff, static_cast<size_t>(stack_.end() - stack_.begin()));
+  void start(void (*main)(), int, int poison) {
+    std::memset(stack_.begin(), poison, static_cast<size_t>(stack_.end() - stack_.begin()));
     getcontext(&own_);
     own_.uc_stack.ss_sp = stack_.begin();
     own_.uc_stack.ss_size = static_cast<size_t>(stack_.end() - stack_.begin());

@@ -34,10 +34,10 @@ MOST_SHARED_BYTES = {AMPERE: 163 << 10, HOPPER: 227 << 10}
 
 
 class Emulation:
-    """Compiles and loads the library; the operators tformer_emulated::* are then there."""
+    """Loads the library, compiled if it is not given; the operators tformer_emulated::* are then there."""
 
-    def __init__(self):
-        path = build.build()
+    def __init__(self, path=None):
+        path = path or build.build()
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
         self._library.tformer_emulation_error.restype = ctypes.c_char_p
@@ -47,6 +47,10 @@ class Emulation:
     def set_seed(self, seed: int) -> None:
         """The order in which blocks, warps and lanes run from now on."""
         self._library.tformer_set_emulation_seed(ctypes.c_uint64(seed))
+
+    def set_poison(self, nan: bool) -> None:
+        """What memory and registers hold before they are written: NaN patterns or numbers."""
+        self._library.tformer_set_emulation_poison(0xFF if nan else 0x49)
 
     def set_device(self, capability: tuple[int, int], hopper_kernels: bool = False) -> None:
         """The emulated device's compute capability; whether TFORMER_EXT_SM90 asks for the kernels of sm_90a."""

@@ -62,7 +62,7 @@ void* BlockCache::take(size_t bytes) {
   const size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
   auto memory = std::make_unique<Guarded>(rounded, Guarded::Guard::after);
   char* data = memory->end() - rounded;
-  std::fill(data, memory->end(), '\xff');
+  std::memset(data, gpu::emulation::poison, rounded);
   const std::lock_guard<std::mutex> lock(mutex);
   taken.emplace_back(data, std::move(memory));
   return data;
@@ -80,6 +80,9 @@ extern "C" {
 
 __attribute__((visibility("default"))) void tformer_set_emulation_seed(uint64_t seed) {
   tformer::gpu::emulation::set_seed(seed);
+}
+__attribute__((visibility("default"))) void tformer_set_emulation_poison(int byte) {
+  tformer::gpu::emulation::poison = static_cast<unsigned char>(byte);
 }
 __attribute__((visibility("default"))) const char* tformer_emulation_error() {
   return tformer::gpu::emulation::last_error();

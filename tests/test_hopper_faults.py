@@ -1,0 +1,92 @@
+"""Faults planted in the source of the backward kernel for sm_90a: the emulation finds each of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+HEADER, KERNEL = "hopper/attention_backward.h", "hopper/attention_backward_bf16.cu"
+FAULTS = {
+    "queries are not waited for": [("      mbarrier_wait(&at.q_handover[buffer].full, phase_of(n));\n", "")],
+    "do is not waited for": [("      mbarrier_wait(&at.grad_o_handover[buffer].full, phase_of(n));\n", "")],
+    "scores are not waited for": [("      wgmma_wait<1>();\n      hold(s);", "      hold(s);")],
+    "dq is not waited for": [("      wgmma_wait<1>();  // dv and dq\n", "")],
+    "dk is not waited for": [("      wgmma_wait<0>();\n      hold(dk);", "      hold(dk);")],
+    "queries are given back while they are read": [
+        ("      send(dq, n);\n", "      release(at.q_handover[buffer]);\n      send(dq, n);\n"),
+        ("      hold(grads);\n      release(at.q_handover[buffer]);\n", "      hold(grads);\n"),
+    ],
+    "ds of the other warpgroup is not waited for": [
+        ("      sync_threads_of(kMultiplyBarrier, kGroups * kWarpgroup);\n      multiply_keys", "      multiply_keys")
+    ],
+    "sums are overwritten": [("    mbarrier_wait(&at.sums_handover->empty, n & 1 ^ 1);\n", "")],
+    "sums are overwritten while they are read": [("        bulk_wait_read<0>();\n", "")],
+    "sums are sent before they are there": [("      mbarrier_wait(&at.sums_handover->full, n & 1);\n", "")],
+    "nobody waits for a turn": [("          wait_for_turn_of(turn, job.tile);\n", "")],
+    "the turn is given too early": [("        bulk_wait<0>();\n", "")],
+    "the turn of another tile": [("give_turn(turn, job.tile + 1)", "give_turn(turn, job.tile)")],
+    "the first tile adds": [("range.begin(i0) / kKeys == job.tile", "false")],
+    "a turn that never comes": [("wait_for_turn_of(turn, job.tile)", "wait_for_turn_of(turn, job.tile + 1)")],
+}
+RUN = """
+import sys
+import torch
+from emulation.library import HOPPER, Emulation
+from hopper_cases import BACKWARD_CASES, backward_inputs
+from cases import gradients, in_dtype
+from tformer_ext import functional as F
+from tformer_ext.ops import attention
+
+emulation, expected = Emulation(sys.argv[1]), {}
+emulation.set_device(HOPPER, hopper_kernels=True)
+for step in ("forward", "backward"):
+    setattr(attention, f"_{step}", getattr(torch.ops.tformer_emulated, f"_attention_{step}").default)
+for case in BACKWARD_CASES:
+    if case.name not in ("several tiles", "causal 64"):
+        continue
+    qkv, options, cotangents = backward_inputs(case, torch.bfloat16)
+    leaves = in_dtype(qkv, options, torch.bfloat16, True)
+    expected = gradients(F.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)[1]
+    first = None
+    for seed in range(15):
+        emulation.set_seed(seed)
+        emulation.set_poison(nan=seed % 2 == 1)  # a NaN could be repaired
+        grads = gradients(F.attention, *leaves, cotangents)[1]
+        first = first or grads
+        for a, b, e in zip(grads, first, expected, strict=True):
+            assert torch.equal(a, b), "found: the order shows"
+            assert (a.double() - e).norm() < 0.02 * e.norm(), "found: values are wrong"
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs(emulation_library):
+    """What the emulation needs."""
+
+
+def run_changed(folder, changes):
+    from emulation import build
+
+    library = build.build_changed(folder, HEADER, changes, KERNEL)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN, str(library)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_without_a_fault_nothing_is_found(tmp_path):
+    result = run_changed(tmp_path, [])
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_found(name, tmp_path):
+    result = run_changed(tmp_path, FAULTS[name])
+    last = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
+    assert result.returncode != 0, "the fault was not found"
+    assert "found: " in last or "attention backward for sm_90a: " in result.stderr, result.stderr
