@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY(TFORMER_NAMESPACE, m) {
       "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None, int causal=0, int window_left=-1, "
       "int window_right=-1, float? scale=None, float softcap=0., float dropout_p=0.) -> (Tensor out, Tensor lse)");
-  // On CUDA: why _attention_forward and _attention_backward do not take the kernels for sm_90a, a HopperRefusal each; 0:
-  // they take them, backward with the strides that its other inputs usually have.
+  // On CUDA: why _attention_forward and _attention_backward do not take the kernels for sm_90a, a HopperRefusal each;
+  // 0: they take them, backward if grad_out and out have rows at multiples of 16 bytes and no expanded dimension.
   m.def(
       "_attention_refusals(Tensor query, Tensor key, Tensor value, Tensor? bias=None, Tensor? mask=None, "
       "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "

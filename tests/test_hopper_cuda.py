@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from cases import tensors
-from hopper_cases import DTYPES, HOPPER_CASES, check_values
+from hopper_cases import BACKWARD_CASES, DTYPES, HOPPER_CASES, check_gradients, check_values
 from hopper_wrappers import boxes_of, boxes_source, chain, multiply_across, multiply_registers, multiply_shared, ring
 
 import tformer_ext as tx
@@ -95,6 +95,14 @@ def test_values(case, dtype, kernels):
     check_values(case, dtype)
 
 
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(case, dtype, kernels):
+    qkv, options = tensors(case, dtype)
+    assert not [note for note in tx.explain(*qkv, **options).notes if "backward: not the kernels" in note]
+    check_gradients(case, dtype)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_runs_have_the_same_bits(D, causal, kernels):
@@ -103,6 +111,41 @@ def test_runs_have_the_same_bits(D, causal, kernels):
     expected = F.attention(q, k, v, causal=causal, return_lse=True)
     for _ in range(20):
         for a, b in zip(F.attention(q, k, v, causal=causal, return_lse=True), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (300, 100)}], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("heads", [16, 2])
+def test_backward_runs_have_the_same_bits(D, options, heads, kernels):
+    """Enough blocks for every multiprocessor, several times over: all wait for each other's sums."""
+    q = torch.randn(4, 16, 2000, D, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(4, heads, 2000, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    out = F.attention(q, k, v, **options)
+    cotangent = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (q, k, v), cotangent, retain_graph=True)
+    for _ in range(20):
+        for a, b in zip(torch.autograd.grad(out, (q, k, v), cotangent, retain_graph=True), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_backward_in_a_graph(kernels):
+    """Turns and the ticket begin anew in every replay."""
+    q, k, v = (torch.randn(2, 4, 300, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    cotangent = torch.randn(2, 4, 300, 128, dtype=torch.bfloat16)
+
+    def gradients():
+        return torch.autograd.grad(F.attention(q, k, v, causal=True), (q, k, v), cotangent)
+
+    gradients()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    with torch.no_grad():
+        q.mul_(0.5), v.add_(1)
+    for _ in range(3):
+        graph.replay()
+        for a, b in zip(captured, gradients(), strict=True):
             assert torch.equal(a, b)
 
 

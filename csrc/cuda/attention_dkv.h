@@ -208,7 +208,7 @@ struct AttentionKeyGradients {
     }
     for (int n = 0; n < kWarpRows; ++n) {
       if (suspects >> n & 1 && row0 + n < length) {
-        redo_grad_key<T, kPlain, kKeys, kValues>(p, seq, b, kv_head, row0 + n);
+        redo_grad_key<T, kPlain, kKeys, kValues>(p, seq, b, kv_head, group, row0 + n);
       }
     }
   }

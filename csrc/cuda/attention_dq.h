@@ -201,7 +201,7 @@ struct AttentionQueryGradients {
     q.store(first, kWarpRows, row_at<T>(p.grad_q, b, h, seq.q_begin + row0), p.grad_q.stride[2], seq.Sq - row0,
             static_cast<int>(p.D), kPlain || call.aligned);
     for (int n = 0; n < kWarpRows; ++n) {
-      if (suspects >> n & 1 && row0 + n < seq.Sq) redo_grad_query(scores, seq, b, h, row0 + n);
+      if (suspects >> n & 1 && row0 + n < seq.Sq) redo_grad_query(p, scores, seq, b, h, kv_head, row0 + n);
     }
   }
 };

@@ -130,9 +130,8 @@ TFORMER_DEVICE bool pair_gradient(const Scores<T, kPlain>& scores, int b, int h,
 
 // dq of one query.
 template <class T, bool kPlain>
-TFORMER_DEVICE void redo_grad_query(const Scores<T, kPlain>& scores, const Positions& seq, int b, int h, int i) {
-  const AttentionParams& p = scores.p;
-  const int kv_head = h / static_cast<int>(p.Hq / p.Hk);
+TFORMER_DEVICE void redo_grad_query(const AttentionParams& p, const Scores<T, kPlain>& scores, const Positions& seq,
+                                    int b, int h, int kv_head, int i) {
   const LaneRow<T> query(row_at<const T>(p.q, b, h, seq.q_begin + i), p.D);
   const LaneRow<T> go(row_at<const T>(p.grad_o, b, h, seq.q_begin + i), p.Dv);
   LaneRow<T> dq;
@@ -145,10 +144,10 @@ TFORMER_DEVICE void redo_grad_query(const Scores<T, kPlain>& scores, const Posit
   dq.store(row_at<T>(p.grad_q, b, h, seq.q_begin + i), p.D);
 }
 
-// dk and dv of one key.
+// dk and dv of one key; `group` heads of queries share it.
 template <class T, bool kPlain, bool kKeys, bool kValues>
-TFORMER_DEVICE void redo_grad_key(const AttentionParams& p, const Positions& seq, int b, int kv_head, int j) {
-  const int group = static_cast<int>(p.Hq / p.Hk);
+TFORMER_DEVICE void redo_grad_key(const AttentionParams& p, const Positions& seq, int b, int kv_head, int group,
+                                  int j) {
   const LaneRow<T> key(row_at<const T>(p.k, b, kv_head, seq.k_begin + j), p.D);
   const LaneRow<T> value(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
   LaneRow<T> dk, dv;

@@ -1,4 +1,5 @@
-// csrc/cuda/runtime.cpp and tensor_map.cpp on the host, and memory of results that shows what a kernel leaves out or overruns.
+// csrc/cuda/runtime.cpp and tensor_map.cpp on the host, and memory of results that shows what a kernel leaves out or
+// overruns.
 #include "../../csrc/cuda/runtime.h"
 
 #include "asynchronous.h"

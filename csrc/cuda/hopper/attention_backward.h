@@ -11,56 +11,10 @@
 // the one order in which blocks that begin together arrive one after the other, causal or not.
 #pragma once
 
-#include "../attention_backward.h"
-#include "attention_launch.h"
+#include "attention_backward_work.h"
 #include "box_tile.h"
 
 namespace tformer::gpu {
-
-// Registers of a thread: dk and dv, kWidth / 2 each; scores and their gradients, kQueries / 2 each, and as operands
-// kQueries / 4 each. Shared memory: keys, values; two tiles of queries, of do, and of gradients of scores; sums of dq.
-template <int kWidth>
-struct HopperBackwardShape {
-  static constexpr int kGroups = 2, kKeys = 64 * kGroups;
-  static constexpr int kQueries = hopper_backward_queries(kWidth);
-  static constexpr int kFetchRegisters = 32, kRegisters = 240;
-};
-
-// Floats of dq that a warpgroup adds up at a time, and those of a tile of queries. They lie as threads hold them: chunk
-// n of 16 bytes of thread t at 128 n + t, 64 x 64 after 64 x 64 along rows or columns, whichever are more.
-constexpr int kSumFloats = 64 * 64, kSumChunks = kSumFloats / 4 / kWarpgroup, kTileFloats = 2 * kSumFloats;
-
-// Where the sums of a tile of queries lie, and its turn. Packed sequences: their tiles are counted as find_sequence
-// does, up to a gap after each sequence.
-TFORMER_DEVICE int64_t slot_of(const AttentionCall& call, int q_begin, int b, int h, int i0) {
-  const int rows = hopper_backward_queries(static_cast<int>(call.p.D > call.p.Dv ? call.p.D : call.p.Dv));
-  const int64_t first = call.packed ? q_begin / rows + b : 0;
-  return (call.packed ? h : b * call.p.Hq + h) * hopper_query_tiles(call, rows) + first + i0 / rows;
-}
-
-// What a block works on: a tile of keys, and the queries of each head that see some of them. It lies in shared memory
-// and is read where it is wanted: registers are short.
-struct HopperKeyTile {
-  int b, kv_head, group_size, tile;
-  int q_begin, k_begin, Sq, Sk;  // of the sequence
-  int j0;                        // first key
-  int first_tile, tiles;         // of queries
-  int all_begin, all_end;        // queries that see all its keys
-
-  TFORMER_DEVICE HopperKeyTile(const AttentionParams& p, int b_, int kv_head_, int tile_, int keys, int queries)
-      : b(b_), kv_head(kv_head_), group_size(static_cast<int>(p.Hq / p.Hk)), tile(tile_), j0(tile_ * keys) {
-    const Positions seq(sequence_of(p, b));
-    q_begin = seq.q_begin, k_begin = seq.k_begin, Sq = seq.Sq, Sk = seq.Sk;
-    const KeyRangeOf<int> seen = range(p);
-    const int j1 = smaller(j0 + keys, Sk), begin = seen.query_begin(j0);
-    const int end = j0 < j1 ? seen.query_end(j1 - 1, Sq) : 0;
-    first_tile = begin / queries;
-    tiles = end > begin ? (end + queries - 1) / queries - first_tile : 0;
-    all_begin = seen.query_begin(j0 + keys - 1), all_end = j0 + keys <= Sk ? seen.query_end(j0, Sq) : 0;
-  }
-  TFORMER_DEVICE Sequence sequence() const { return {q_begin, k_begin, Sq, Sk}; }
-  TFORMER_DEVICE KeyRangeOf<int> range(const AttentionParams& p) const { return {p, sequence()}; }
-};
 
 template <class T, int kWidth>
 struct HopperBackward {
@@ -461,68 +415,12 @@ struct HopperBackward {
 #pragma unroll 1
     for (int n = 0; n < 16; ++n) {
       if (suspects >> n & 1 && row0 + n < length) {
-        redo_grad_key<T, true, true, true>(p, Positions(job.sequence()), job.b, job.kv_head, row0 + n);
+        redo_grad_key<T, true, true, true>(p, Positions(job.sequence()), job.b, job.kv_head, job.group_size, row0 + n);
       }
     }
   }
   TFORMER_DEVICE void multiply_all_by(float (&dk)[2][kWidth / 4]) const {
     gpu::multiply_all(dk, static_cast<float>(p.scale));
-  }
-};
-
-// dq out of the sums of HopperBackward: a block for each tile of queries.
-template <class T, int kWidth>
-struct HopperQueryGradients {
-  using P = TensorCores<T, 2>;
-  static constexpr int kQueries = HopperBackwardShape<kWidth>::kQueries;
-  static constexpr int kThreads = kQueries / 16 * kWarp;
-  using QueryTile = SharedTile<T, kQueries, kWidth>;
-  static constexpr size_t kSharedBytes = QueryTile::kBytes;
-
-  static TFORMER_DEVICE void run(const HopperBackwardCall& given, char* shared) {
-    const AttentionCall& call = given.call;
-    const AttentionParams& p = call.p;
-    Work work = work_of(call.grid, block_index<0>());
-    int64_t b = work.head / p.Hq, h = work.head % p.Hq;
-    if (call.packed) {
-      h = work.head;
-      if (!find_sequence(p.cu_seqlens_q, p.B, kQueries, work.tile, b)) return;
-    }
-    finish(given, {shared}, static_cast<int>(b), static_cast<int>(h), static_cast<int>(work.tile) * kQueries);
-  }
-
-  static TFORMER_DEVICE void finish(const HopperBackwardCall& given, const QueryTile& tile, int b, int h, int i0) {
-    const AttentionParams& p = given.call.p;
-    const Sequence sequence = sequence_of(p, b);
-    const Positions seq(sequence);
-    const Scores<T, true> scores(p, sequence, b, h);
-    const int first = 16 * warp(), row0 = i0 + first;
-    const int64_t slot = slot_of(given.call, seq.q_begin, b, h, i0);
-    float dq[2][kWidth / 4];
-    clear(dq);
-    if (given.turns[slot] != 0) load(dq, given.sums + slot * kTileFloats);  // else no key is seen
-    multiply_all(dq, scores.scale);
-    const unsigned suspects = suspect_rows<P>(dq);
-    P::put(dq, tile, first);
-    tile.store(first, 16, row_at<T>(p.grad_q, b, h, seq.q_begin + row0), p.grad_q.stride[2], seq.Sq - row0,
-               static_cast<int>(p.D), true);
-    for (int n = 0; n < 16; ++n) {
-      if (suspects >> n & 1 && row0 + n < seq.Sq) redo_grad_query(scores, seq, b, h, row0 + n);
-    }
-  }
-
-  // As HopperBackward::send left them.
-  static TFORMER_DEVICE void load(float (&dq)[2][kWidth / 4], const float* sums) {
-    sums += thread_index() / kWarpgroup * kSumFloats + thread_index() % kWarpgroup * 4;
-#pragma unroll
-    for (int part = 0; part < kWidth / 64; ++part) {
-#pragma unroll
-      for (int m = 0; m < kSumChunks; ++m) {
-        const Bits16Bytes chunk = load_16(sums + part * kSumFloats + m * kWarpgroup * 4);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) dq[m / 4][16 * part + m % 4 * 4 + e] = float_of_bits(chunk.word[e]);
-      }
-    }
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include "../attention_dispatch.h"
 #include "attention_backward.h"
+#include "attention_backward_dq.h"
 #include "attention_maps.h"
 
 namespace tformer::gpu {
