@@ -13,7 +13,7 @@ HEADER, KERNEL = "hopper/attention_backward.h", "hopper/attention_backward_bf16.
 FAULTS = {
     "queries are not waited for": [("      mbarrier_wait(&at.q_handover[buffer].full, phase_of(n));\n", "")],
     "do is not waited for": [("      mbarrier_wait(&at.grad_o_handover[buffer].full, phase_of(n));\n", "")],
-    "scores are not waited for": [("      wgmma_wait<1>();\n      hold(s);", "      hold(s);")],
+    "scores are not waited for": [("      wgmma_wait<1>();  // the scores\n", "")],
     "dq is not waited for": [("      wgmma_wait<1>();  // dv and dq\n", "")],
     "dk is not waited for": [("      wgmma_wait<0>();\n      hold(dk);", "      hold(dk);")],
     "queries are given back while they are read": [
@@ -23,10 +23,12 @@ FAULTS = {
     "ds of the other warpgroup is not waited for": [
         ("      sync_threads_of(kMultiplyBarrier, kGroups * kWarpgroup);\n      multiply_keys", "      multiply_keys")
     ],
-    "sums are overwritten": [("    mbarrier_wait(&at.sums_handover->empty, n & 1 ^ 1);\n", "")],
+    "sums are overwritten": [
+        ("    if (n > 0) mbarrier_wait(&at.sums_handover", "    if (n < 0) mbarrier_wait(&at.sums_handover")
+    ],
     "sums are overwritten while they are read": [("        bulk_wait_read<0>();\n", "")],
-    "sums are sent before they are there": [("      mbarrier_wait(&at.sums_handover->full, n & 1);\n", "")],
-    "nobody waits for a turn": [("          wait_for_turn_of(turn, job.tile);\n", "")],
+    "sums are sent before they are there": [("        mbarrier_wait(&handover.full, phase_of(n));\n", "")],
+    "nobody waits for a turn": [("        if (!first) wait_for_turn_of(turn, job.tile);\n", "")],
     "the turn is given too early": [("        bulk_wait<0>();\n", "")],
     "the turn of another tile": [("give_turn(turn, job.tile + 1)", "give_turn(turn, job.tile)")],
     "the first tile adds": [("range.begin(i0) / kKeys == job.tile", "false")],

@@ -92,18 +92,24 @@ gpu::Status launch_hopper_forward(const AttentionCall& call, const OnDevice& on)
 #endif
 }
 
-void hopper_backward(const AttentionCall& call, const Tensor& query, const OnDevice& on) {
+// dq, dk and dv.
+void launch_backward(const AttentionCall& call, [[maybe_unused]] const Tensor& query, const OnDevice& on) {
 #ifdef TFORMER_HOPPER
-  const int64_t slots = hopper_slots(call);
-  Tensor sums = empty({slots, kHopperSlotFloats}, ScalarType::Float, query);
-  Tensor turns = empty({slots + 1}, ScalarType::Int, query);
-  torch::stable::zero_(turns);
-  const HopperSums between{static_cast<float*>(sums.mutable_data_ptr()),
-                           static_cast<int32_t*>(turns.mutable_data_ptr())};
-  check_launch(call.p.dtype == DType::bf16 ? gpu::launch_hopper_backward<gpu::bf16>(call, between, on.stream())
-                                           : gpu::launch_hopper_backward<gpu::f16>(call, between, on.stream()),
-               "attention backward for sm_90a");
+  if (hopper_backward_refusal(call, on.device()) == HopperRefusal::none) {
+    const int64_t slots = hopper_slots(call);
+    Tensor sums = empty({slots, kHopperSlotFloats}, ScalarType::Float, query);
+    Tensor turns = empty({slots + 1}, ScalarType::Int, query);
+    torch::stable::zero_(turns);
+    const HopperSums between{static_cast<float*>(sums.mutable_data_ptr()),
+                             static_cast<int32_t*>(turns.mutable_data_ptr())};
+    check_launch(call.p.dtype == DType::bf16 ? gpu::launch_hopper_backward<gpu::bf16>(call, between, on.stream())
+                                             : gpu::launch_hopper_backward<gpu::f16>(call, between, on.stream()),
+                 "attention backward for sm_90a");
+    return;
+  }
 #endif
+  check_launch(launch_attention_dkv(call, on.stream()), "attention backward, dk and dv");
+  check_launch(launch_attention_dq(call, on.stream()), "attention backward, dq");
 }
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
@@ -269,12 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     check_launch(launch_attention_sinks(call, on.stream()), "attention sinks");
     grad_sinks = torch::stable::to(grad_sinks, sinks->scalar_type());
   }
-  if (hopper_backward_refusal(call, on.device()) == HopperRefusal::none) {
-    hopper_backward(call, query, on);
-  } else {
-    check_launch(launch_attention_dkv(call, on.stream()), "attention backward, dk and dv");
-    check_launch(launch_attention_dq(call, on.stream()), "attention backward, dq");
-  }
+  launch_backward(call, query, on);
   return {grad_query, grad_key, grad_value, bias_gradient.result(call, bias, query, on.stream()), grad_sinks};
 }
 

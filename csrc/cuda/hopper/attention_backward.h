@@ -34,7 +34,7 @@ struct HopperBackward {
   static constexpr int kAlign = 1024;
   static constexpr size_t kSharedBytes = kAlign + 2 * KeyTile::kBytes + 2 * kBuffers * QueryTile::kBytes +
                                          kBuffers * GradTile::kBytes + kSumBytes + kBuffers * kRowBytes +
-                                         (2 + 2 * kBuffers) * sizeof(Handover) + sizeof(HopperKeyTile) + 16;
+                                         (1 + 3 * kBuffers) * sizeof(Handover) + sizeof(HopperKeyTile) + 16;
   static_assert(kSharedBytes <= size_t{227} << 10);
 
   // Divided by hand: all begin at multiples of 1024 but what comes after the sums.
@@ -57,7 +57,7 @@ struct HopperBackward {
           q_handover(kv + 1),
           grad_o_handover(q_handover + kBuffers),
           sums_handover(grad_o_handover + kBuffers),
-          job(reinterpret_cast<HopperKeyTile*>(sums_handover + 1)),
+          job(reinterpret_cast<HopperKeyTile*>(sums_handover + kBuffers)),
           there(reinterpret_cast<bool*>(job + 1)) {}
 
     TFORMER_DEVICE QueryTile q_tile(int n) const { return {q + buffer_of(n) * QueryTile::kBytes}; }
@@ -101,9 +101,9 @@ struct HopperBackward {
       mbarrier_init(&at.q_handover[n].empty, 4 * kGroups);
       mbarrier_init(&at.grad_o_handover[n].full, 1);
       mbarrier_init(&at.grad_o_handover[n].empty, 4 * kGroups);
+      mbarrier_init(&at.sums_handover[n].full, 4 * kGroups);
+      mbarrier_init(&at.sums_handover[n].empty, 1);
     }
-    mbarrier_init(&at.sums_handover->full, 4 * kGroups);
-    mbarrier_init(&at.sums_handover->empty, 1);
     mbarrier_publish();
   }
 
@@ -112,7 +112,7 @@ struct HopperBackward {
       fewer_registers<Shape::kFetchRegisters>();
       if (warp() == 0) fetch_all();
       if (warp() == 1) fetch_rows();
-      if (warp() == 2) add_sums();
+      if (warp() >= 2) add_sums(warp() - 2);
     } else {
       more_registers<Shape::kRegisters>();
       multiply_all();
@@ -176,25 +176,28 @@ struct HopperBackward {
     });
   }
 
-  // The tile's part of dq goes to the sums, when the tiles of keys before have added theirs. The first one is stored.
-  TFORMER_DEVICE void add_sums() const {
+  // The tile's part of dq goes to the sums when the tiles of keys before have added theirs; the first one is stored. Two
+  // warps do it in turn, as each waits until its sums have arrived.
+  TFORMER_DEVICE void add_sums(int parity) const {
     const KeyRangeOf<int> range = job.range(p);
+    Handover& handover = at.sums_handover[parity];
     for_each_tile([&](int n, int h, int i0) {
-      mbarrier_wait(&at.sums_handover->full, n & 1);
-      if (lane() == 0) {
+      if (lane() == 0 && buffer_of(n) == parity) {
         const int64_t slot = slot_of(call, job.q_begin, job.b, h, i0);
         int32_t* turn = given.turns + slot;
         float* to = given.sums + slot * kTileFloats;
-        if (range.begin(i0) / kKeys == job.tile) {  // the first key that some query of the tile sees
+        const bool first = range.begin(i0) / kKeys == job.tile;  // with the first key that a query of the tile sees
+        if (!first) wait_for_turn_of(turn, job.tile);
+        mbarrier_wait(&handover.full, phase_of(n));
+        fence_async_proxy_global();
+        if (first) {
           bulk_store(to, at.sums, kSumBytes);
         } else {
-          wait_for_turn_of(turn, job.tile);
-          fence_async_proxy_global();
           bulk_add(to, at.sums, kSumBytes);
         }
         bulk_commit();
         bulk_wait_read<0>();
-        mbarrier_arrive(&at.sums_handover->empty);
+        mbarrier_arrive(&handover.empty);
         bulk_wait<0>();
         fence_async_proxy_global();
         give_turn(turn, job.tile + 1);
@@ -232,13 +235,13 @@ struct HopperBackward {
       multiply_rows(s, at.k, at.q_tile(n));
       mbarrier_wait(&at.grad_o_handover[buffer].full, phase_of(n));
       multiply_rows(dp, at.v, at.grad_o_tile(n));
-      wgmma_wait<1>();
+      wgmma_wait<1>();  // the scores
       hold(s);
       weigh(s, at.lse(n), tile * kQueries);
       if constexpr (kEarly) {
         pack(weights, s);
         multiply_down(dv, weights, at.grad_o_tile(n));
-        wgmma_wait<1>();
+        wgmma_wait<1>();  // dp
       } else {
         // A loop of one pass: in a straight line ptxas takes the wait before the exponents.
         do {
@@ -388,7 +391,7 @@ struct HopperBackward {
 
   // dq of this warpgroup to the warp that sends it on.
   TFORMER_DEVICE void send(const float (&dq)[2][16], int n) const {
-    mbarrier_wait(&at.sums_handover->empty, n & 1 ^ 1);
+    if (n > 0) mbarrier_wait(&at.sums_handover[buffer_of(n - 1)].empty, phase_of(n - 1));  // there is one buffer
     char* to = at.sums + group() * kSumFloats * 4 + thread_index() % kWarpgroup * 16;
 #pragma unroll
     for (int m = 0; m < kSumChunks; ++m) {
@@ -397,7 +400,7 @@ struct HopperBackward {
     }
     fence_async_proxy();
     sync_warp();
-    if (lane() == 0) mbarrier_arrive(&at.sums_handover->full);
+    if (lane() == 0) mbarrier_arrive(&at.sums_handover[buffer_of(n)].full);
   }
 
   TFORMER_DEVICE void finish(float (&dk)[2][kWidth / 4], float (&dv)[2][kWidth / 4]) const {
