@@ -32,6 +32,7 @@ FAULTS = {
     "the turn is given too early": [("        bulk_wait<0>();\n", "")],
     "the turn of another tile": [("give_turn(turn, job.tile + 1)", "give_turn(turn, job.tile)")],
     "the first tile adds": [("range.begin(i0) / kKeys == job.tile", "false")],
+    "blocks take no ticket": [("take_ticket(given.ticket)", "static_cast<int>(block_index<0>())")],
     "a turn that never comes": [("wait_for_turn_of(turn, job.tile)", "wait_for_turn_of(turn, job.tile + 1)")],
 }
 RUN = """
