@@ -176,8 +176,8 @@ struct HopperBackward {
     });
   }
 
-  // The tile's part of dq goes to the sums when the tiles of keys before have added theirs; the first one is stored. Two
-  // warps do it in turn, as each waits until its sums have arrived.
+  // The tile's part of dq goes to the sums when the tiles of keys before have added theirs; the first one is stored.
+  // Two warps do it in turn, as each waits until its sums have arrived.
   TFORMER_DEVICE void add_sums(int parity) const {
     const KeyRangeOf<int> range = job.range(p);
     Handover& handover = at.sums_handover[parity];
@@ -391,7 +391,8 @@ struct HopperBackward {
 
   // dq of this warpgroup to the warp that sends it on.
   TFORMER_DEVICE void send(const float (&dq)[2][16], int n) const {
-    if (n > 0) mbarrier_wait(&at.sums_handover[buffer_of(n - 1)].empty, phase_of(n - 1));  // there is one buffer
+    // one buffer for all
+    if (n > 0) mbarrier_wait(&at.sums_handover[buffer_of(n - 1)].empty, phase_of(n - 1));
     char* to = at.sums + group() * kSumFloats * 4 + thread_index() % kWarpgroup * 16;
 #pragma unroll
     for (int m = 0; m < kSumChunks; ++m) {
