@@ -97,12 +97,13 @@ struct NormParams {
   int64_t x_stride;      // elements between rows, as all strides here
   const void* residual;  // (M, N) or null
   int64_t residual_stride;
-  const void* weight;  // (N) float (double for f64), or null
-  const void* bias;    // (N) likewise
-  void* y;             // (M, N)
-  void* sum;           // (M, N) residual + dropout(x), or null where it is not kept
-  void* mean;          // (M) float (double for f64), or null: for RMS, and where it is not kept
-  void* rstd;          // (M) likewise
+  const void* weight;  // (N) of weight_dtype, or null
+  const void* bias;    // (N) of bias_dtype, or null
+  DType weight_dtype, bias_dtype;
+  void* y;     // (M, N)
+  void* sum;   // (M, N) residual + dropout(x), or null where it is not kept
+  void* mean;  // (M) float (double for f64), or null: for RMS, and where it is not kept
+  void* rstd;  // (M) likewise
   double eps, dropout_p;
   const int64_t* dropout_seed;  // one element, null without dropout
   bool rms;

@@ -165,6 +165,23 @@ def test_non_finite_rows_stay_rows(kernels):
     assert torch.isnan(y[[2, 4]]).all() and torch.isfinite(y[[0, 1, 3, 5]]).all()
 
 
+@pytest.mark.parametrize("width", [64, 100, 160])  # blocks of 64 columns alone, and with a rest
+def test_subnormal_bfloat16(isa, width):
+    """The CPU's own conversion to bfloat16 makes 0 of them."""
+
+    def small():
+        numbers = (torch.randn(6, width) * 2.0 ** torch.randint(-134, -120, (6, width))).bfloat16()
+        return numbers * (torch.rand(6, width) < 0.9)  # zeros, too
+
+    x, residual, weight = small(), small(), small()[0].float()
+    _, h = F.residual_layer_norm(x, residual, return_residual=True)
+    assert ((h != 0) & (h.float().abs() < torch.finfo(torch.float32).tiny)).sum() > width
+    assert torch.equal(h, (x.float() + residual.float()).bfloat16())
+    signs = torch.randn(6, width).sign().bfloat16()
+    y = F.residual_rms_norm(signs, None, weight, eps=0.0)
+    assert torch.equal(y, (signs.float() * weight).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1024, 1000])  # whole cache lines in each row, and not
 def test_results_larger_than_the_caches(isa, dtype, width):

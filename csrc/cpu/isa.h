@@ -32,8 +32,8 @@ struct CpuKernels {
 
   void (*norm_forward)(const NormParams&, int64_t row_begin, int64_t row_end, void* scratch);
   void (*norm_backward)(const NormParams&, int64_t chunk, void* scratch);
-  // partial (chunks, N), float or double for f64, summed over the chunks
-  void (*norm_sum)(DType, const void* partial, int64_t chunks, int64_t N, void* out);
+  // partial (chunks, N), float or double for f64, summed over the chunks to out (N) of out_dtype
+  void (*norm_sum)(DType, const void* partial, int64_t chunks, int64_t N, DType out_dtype, void* out);
   size_t (*norm_scratch)(const NormParams&);
 
   // Do so many rounds of nothing but arithmetic and give the number of operations: see kernels/ceilings.h.

@@ -1,6 +1,7 @@
 // Residual LayerNorm / RMSNorm on the CPU: tensors to parameters, rows to threads.
 #include <fstream>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <tuple>
 
@@ -11,10 +12,12 @@
 namespace tformer {
 namespace {
 
-// Rows that share one partial of the gradients of weight and bias: at most 64 partials, at least 16 rows in each.
-int64_t rows_per_chunk(int64_t M) {
-  constexpr int64_t kChunks = 64, kRows = 16;
-  return std::max((M + kChunks - 1) / kChunks, kRows);
+// Rows that share one partial of the gradients of weight and bias: at most 64 partials, at least 16 rows and some 16000
+// elements (4 microseconds) in each, so that small calls do not spend their time on partials. A function of sizes
+// alone, since it shows in the rounding.
+int64_t rows_per_chunk(int64_t M, int64_t N) {
+  constexpr int64_t kChunks = 64, kRows = 16, kElements = 1 << 14;
+  return std::max({(M + kChunks - 1) / kChunks, kRows, kElements / std::max<int64_t>(N, 1)});
 }
 
 // Bytes of the last-level cache that this process sees; 32 MiB where the system does not tell. From sysfs: the C
@@ -46,36 +49,33 @@ bool writes_around_cache(const NormParams& p, std::initializer_list<const Tensor
   return total >= last_level_cache();
 }
 
-// weight or bias in the arithmetic type: they are read by every row, so converting them once is free.
-std::optional<Tensor> parameter(const OptionalTensor& t, const char* name, const NormParams& p) {
-  check_parameter(t, name, p);
-  if (!t.has_value() || t->scalar_type() == accumulator_type(p.dtype)) return t;
-  return torch::stable::to(*t, accumulator_type(p.dtype));
-}
-
 double cost_of(const NormParams& p) { return 32.0 * static_cast<double>(p.M) * static_cast<double>(p.N); }
 
-// The parameters of a forward pass, and what they point to.
+void set_weight(NormParams& p, const OptionalTensor& weight) {
+  check_parameter(weight, "weight", p);
+  if (weight.has_value()) p.weight = weight->const_data_ptr(), p.weight_dtype = dtype_of(*weight, "weight");
+}
+
+// The parameters of a forward pass.
 struct NormInputs {
   ScalarType sum_dtype;
   NormParams p;
-  std::optional<Tensor> weight, bias;
 
-  NormInputs(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& given_weight,
-             const OptionalTensor& given_bias, const OptionalTensor& dropout_seed, double eps, double dropout_p,
-             bool rms, std::optional<ScalarType> wanted_dtype)
+  NormInputs(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+             const OptionalTensor& dropout_seed, double eps, double dropout_p, bool rms,
+             std::optional<ScalarType> wanted_dtype)
       : sum_dtype(sum_dtype_of(x, residual, wanted_dtype)),
-        p(norm_forward_params(x, residual, dropout_seed, eps, dropout_p, rms, sum_dtype)),
-        weight(parameter(given_weight, "weight", p)),
-        bias(parameter(given_bias, "bias", p)) {
-    p.weight = pointer<void>(weight), p.bias = pointer<void>(bias);
+        p(norm_forward_params(x, residual, dropout_seed, eps, dropout_p, rms, sum_dtype)) {
+    set_weight(p, weight);
+    check_parameter(bias, "bias", p);
+    if (bias.has_value()) p.bias = bias->const_data_ptr(), p.bias_dtype = dtype_of(*bias, "bias");
   }
 };
 
 void run_forward(const NormParams& p) {
   if (p.N == 0) return;
   const CpuKernels& kernels = cpu_kernels();
-  const int64_t rows = rows_per_chunk(p.M), chunks = (p.M + rows - 1) / rows;
+  const int64_t rows = rows_per_chunk(p.M, p.N), chunks = (p.M + rows - 1) / rows;
   parallel_tasks(chunks, cost_of(p), [&](int64_t n) {
     kernels.norm_forward(p, n * rows, std::min((n + 1) * rows, p.M), ThreadScratch::get(kernels.norm_scratch(p)));
   });
@@ -108,11 +108,13 @@ Tensor residual_norm_inference(Tensor x, OptionalTensor residual, OptionalTensor
   return y;
 }
 
-Tensor summed(const Tensor& partial, DType dtype, ScalarType type) {
-  const int64_t chunks = partial.size(0), N = partial.size(1);
-  Tensor out = empty({N}, partial.scalar_type(), partial);
-  cpu_kernels().norm_sum(dtype, partial.const_data_ptr(), chunks, N, out.mutable_data_ptr());
-  return type == out.scalar_type() ? out : torch::stable::to(out, type);
+// The gradient of weight or bias from its partials, or an empty tensor where none is wanted.
+Tensor summed(const NormParams& p, const char* partial, int64_t chunks, std::optional<ScalarType> type,
+              ScalarType x_dtype, const Tensor& like) {
+  if (!type) return empty({0}, x_dtype, like);
+  Tensor out = empty({p.N}, *type, like);
+  cpu_kernels().norm_sum(p.dtype, partial, chunks, p.N, dtype_of(out, "gradient"), out.mutable_data_ptr());
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y, OptionalTensor grad_sum, Tensor sum,
@@ -123,26 +125,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
                                                                   std::optional<ScalarType> bias_dtype) {
   NormParams p =
       norm_backward_params(grad_y, grad_sum, sum, mean, rstd, dropout_seed, dropout_p, rms, x_dtype, residual_dtype);
-  const ScalarType statistics = accumulator_type(p.dtype);
-  const auto wide_weight = parameter(weight, "weight", p);
-  p.weight = pointer<void>(wide_weight);
+  set_weight(p, weight);
   NormGradients gradients(p, grad_y, x_dtype, residual_dtype);
   p.around_cache = writes_around_cache(p, {&gradients.x, &gradients.residual});
-  p.chunk_rows = rows_per_chunk(p.M);
+  p.chunk_rows = rows_per_chunk(p.M, p.N);
   const int64_t chunks = (p.M + p.chunk_rows - 1) / p.chunk_rows;
-  Tensor partial_weight = empty({weight ? chunks : 0, p.N}, statistics, grad_y);
-  Tensor partial_bias = empty({bias_dtype ? chunks : 0, p.N}, statistics, grad_y);
-  if (weight) p.partial_weight = partial_weight.mutable_data_ptr();
-  if (bias_dtype) p.partial_bias = partial_bias.mutable_data_ptr();
+  const size_t bytes = static_cast<size_t>(chunks * p.N) * element_bytes(accumulator_type(p.dtype));
+  const std::unique_ptr<char[]> partials(new char[2 * bytes]);
+  char *of_weight = partials.get(), *of_bias = of_weight + bytes;
+  if (weight) p.partial_weight = of_weight;
+  if (bias_dtype) p.partial_bias = of_bias;
 
   if (p.N > 0) {
     const CpuKernels& kernels = cpu_kernels();
     parallel_tasks(chunks, cost_of(p),
                    [&](int64_t n) { kernels.norm_backward(p, n, ThreadScratch::get(kernels.norm_scratch(p))); });
   }
-  Tensor grad_weight = weight ? summed(partial_weight, p.dtype, weight->scalar_type()) : empty({0}, x_dtype, grad_y);
-  Tensor grad_bias = bias_dtype ? summed(partial_bias, p.dtype, *bias_dtype) : empty({0}, x_dtype, grad_y);
-  return {gradients.x, gradients.residual, grad_weight, grad_bias};
+  std::optional<ScalarType> weight_dtype;
+  if (weight) weight_dtype = weight->scalar_type();
+  return {gradients.x, gradients.residual, summed(p, of_weight, chunks, weight_dtype, x_dtype, grad_y),
+          summed(p, of_bias, chunks, bias_dtype, x_dtype, grad_y)};
 }
 
 }  // namespace

@@ -69,12 +69,12 @@ void norm_backward(const NormParams& p, int64_t chunk, void* scratch) {
                  [&](auto x, auto r) { ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).backward(chunk); });
 }
 
-void norm_sum(DType dtype, const void* partial, int64_t chunks, int64_t N, void* out) {
-  if (dtype == DType::f64) {
-    sum_partials(static_cast<const double*>(partial), chunks, N, static_cast<double*>(out));
-  } else {
-    sum_partials(static_cast<const float*>(partial), chunks, N, static_cast<float*>(out));
-  }
+void norm_sum(DType dtype, const void* partial, int64_t chunks, int64_t N, DType out_dtype, void* out) {
+  for_dtype(out_dtype, [&](auto element) {
+    auto* sums = static_cast<decltype(element)*>(out);
+    dtype == DType::f64 ? sum_partials(static_cast<const double*>(partial), chunks, N, sums)
+                        : sum_partials(static_cast<const float*>(partial), chunks, N, sums);
+  });
 }
 
 size_t norm_scratch(const NormParams& p) {

@@ -14,19 +14,30 @@ template <class T, class R>
 struct ResidualNorm {
   using Real = std::conditional_t<sizeof(T) == 8, double, float>;
   static constexpr int L = kLanes<Real>;
+  static constexpr int kBlock = 4;  // vectors at once: independent sums whose latencies overlap
+  // Blocks are in registers, and in rows of type Real, as pairs of vectors of even and of odd columns.
+  static constexpr bool kEvenOdd = __is_same(T, bf16) && __is_same(R, bf16);
 
   const NormParams& p;
   const Dropout dropout;
   const int64_t whole;  // columns in whole vectors
-  Real* row[2];         // one that is written, and the next
+  Real* row[2];         // forward: one that is written, and the next; backward: the gradients of weight and bias
+                        // of a few rows
+  Real* total[2];       // those of all rows of the chunk so far
+  Real* parameter[2];   // weight and bias, where they cannot be read in place
   Real* keep;           // the factors of dropout of the 64 columns at work
+  const Real *weight = nullptr, *bias = nullptr;
   size_t bytes;
   int64_t rows_ahead;  // of the row that forward reads: the one to be prefetched; none if all may be in cache
 
   ResidualNorm(const NormParams& params, Scratch scratch)
       : p(params), dropout(p.dropout_p, p.dropout_seed), whole(p.N / L * L) {
-    const int64_t padded = (p.N + L - 1) / L * L;
+    // Not a multiple of 4096 bytes apart for the usual widths: a load that agrees in the low 12 bits of its address
+    // with a store before it waits for that.
+    const int64_t padded = (p.N + L - 1) / L * L + kBlock * L;
     for (Real*& buffer : row) buffer = scratch.take<Real>(padded);
+    for (Real*& buffer : total) buffer = scratch.take<Real>(padded);
+    for (Real*& buffer : parameter) buffer = scratch.take<Real>(padded);
     keep = scratch.take<Real>(kPhiloxBlock);
     bytes = scratch.used();
     constexpr int64_t kBytesAhead = 4096, kSecondLevel = 1 << 20;
@@ -34,8 +45,10 @@ struct ResidualNorm {
     rows_ahead = p.M * row_bytes < kSecondLevel ? p.M : 1 + kBytesAhead / (row_bytes + 1);
   }
 
-  void forward(int64_t begin, int64_t end) const {
+  void forward(int64_t begin, int64_t end) {
     if (begin == end) return;
+    weight = prepared(p.weight, p.weight_dtype, 1, parameter[0]);
+    bias = prepared(p.bias, p.bias_dtype, -Real(0), parameter[1]);  // x + -0 is x, also if that is -0
     Reading reading = begin_reading(begin);
     each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA { read_block(reading, count, c, n); });
     for (int64_t i = begin; i < end; ++i) {
@@ -54,27 +67,23 @@ struct ResidualNorm {
   }
 
   // The rows of one chunk, and their share of the gradients of weight and bias.
-  void backward(int64_t chunk) const {
-    Real* dw = p.partial_weight ? static_cast<Real*>(p.partial_weight) + chunk * p.N : nullptr;
-    Real* db = p.partial_bias ? static_cast<Real*>(p.partial_bias) + chunk * p.N : nullptr;
-    for (int64_t c = 0; c < p.N; ++c) {
-      if (dw) dw[c] = 0;
-      if (db) db[c] = 0;
-    }
+  void backward(int64_t chunk) {
+    weight = prepared(p.weight, p.weight_dtype, 1, parameter[0]);
+    for (int n = 0; n < 2; ++n) fill(row[n], 0), fill(total[n], 0);
     const int64_t end = (chunk + 1) * p.chunk_rows < p.M ? (chunk + 1) * p.chunk_rows : p.M;
-    int64_t i = chunk * p.chunk_rows;
-    // Several rows at once, so that dw and db are read and written once for all; few enough to stay in L1.
-    constexpr int64_t kRowBytes = 24 * 1024;
-    const bool four = 4 * p.N * static_cast<int64_t>(sizeof(T) + sizeof(R)) <= kRowBytes;
-    for (; four && i + 4 <= end; i += 4) backward_rows<4>(i, dw, db);
-    for (; i + 2 <= end; i += 2) backward_rows<2>(i, dw, db);
-    if (i < end) backward_rows<1>(i, dw, db);
+    constexpr int64_t kRows = 64;  // after so many rows their sum goes to the total: few additions in a row round less
+    for (int64_t i = chunk * p.chunk_rows; i < end; i += kRows) {
+      backward_group(i, i + kRows < end ? i + kRows : end);
+      for (int n = 0; n < 2; ++n) {
+        for (int64_t c = 0; c < p.N; ++c) total[n][c] += row[n][c], row[n][c] = 0;
+      }
+    }
+    if (p.partial_weight) write_partial(total[0], static_cast<Real*>(p.partial_weight) + chunk * p.N);
+    if (p.partial_bias) write_partial(total[1], static_cast<Real*>(p.partial_bias) + chunk * p.N);
     if (p.around_cache) stream_fence();
   }
 
  private:
-  static constexpr int kBlock = 4;  // vectors at once: independent sums whose latencies overlap
-
   // f(number of vectors, first column, elements of the last one): blocks, single vectors, the rest.
   template <class F>
   TFORMER_INLINE void each_block(F&& f) const {
@@ -84,29 +93,97 @@ struct ResidualNorm {
   }
   template <class V, int kCount>
   static TFORMER_INLINE void read(const V* from, int64_t n, Vec<Real> (&x)[kCount]) {
-    for (int u = 0; u < kCount; ++u) {
-      x[u] = kCount > 1 || n == L ? load_as<Real>(from + u * L) : load_as<Real>(from, n);
-    }
-  }
-  template <class V, int kCount>
-  static TFORMER_INLINE void write(V* to, int64_t n, const Vec<Real> (&x)[kCount]) {
-    if constexpr (kCount == 1) {
-      n == L ? store_as<Real>(to, x[0]) : store_as<Real>(to, x[0], n);
+    if constexpr (kEvenOdd && kCount > 1 && sizeof(V) == 2) {
+      for (int u = 0; u < kCount; u += 2) widen_even_odd(load_bytes<HalfPair>(from + u * L), x[u], x[u + 1]);
     } else {
-      for (int u = 0; u < kCount; u += 2) store_two_as<Real>(to + u * L, x[u], x[u + 1]);
-    }
-  }
-  // write for the large tensors.
-  template <class V, int kCount>
-  TFORMER_INLINE void write_result(V* to, int64_t n, const Vec<Real> (&x)[kCount]) const {
-    if constexpr (kCount > 1) {
-      if (p.around_cache) {
-        for (int u = 0; u < kCount; u += 2) stream_two_as<Real>(to + u * L, x[u], x[u + 1]);
-        return;
+      for (int u = 0; u < kCount; ++u) {
+        x[u] = kCount > 1 || n == L ? load_as<Real>(from + u * L) : load_as<Real>(from, n);
       }
     }
-    write(to, n, x);
   }
+  // A block to memory, and to x what a reader of it will find there.
+  template <class V, int kCount>
+  TFORMER_INLINE void write(V* to, int64_t n, Vec<Real> (&x)[kCount]) const {
+    if constexpr (kCount == 1) {
+      n == L ? store_as<Real>(to, x[0]) : store_as<Real>(to, x[0], n);
+    } else if constexpr (kEvenOdd) {
+      HalfPair pair[kCount / 2];
+      narrow_even_odd<kCount / 2>(x, pair);
+      for (int u = 0; u < kCount; u += 2) {
+        p.around_cache ? stream(to + u * L, pair[u / 2]) : store(to + u * L, pair[u / 2]);
+      }
+    } else {
+      for (int u = 0; u < kCount; u += 2) {
+        p.around_cache ? stream_two_as<Real>(to + u * L, x[u], x[u + 1])
+                       : store_two_as<Real>(to + u * L, x[u], x[u + 1]);
+      }
+    }
+  }
+  // A block of h as the sum's type holds it, which is what is normalised: backward sees these numbers. Written to `to`
+  // if that is not null.
+  template <int kCount>
+  TFORMER_INLINE void round_and_write(R* to, int64_t n, Vec<Real> (&h)[kCount]) const {
+    if constexpr (kEvenOdd && kCount > 1) {
+      HalfPair pair[kCount / 2];
+      narrow_even_odd<kCount / 2>(h, pair);
+      for (int u = 0; u < kCount; u += 2) {
+        if (to) p.around_cache ? stream(to + u * L, pair[u / 2]) : store(to + u * L, pair[u / 2]);
+        widen_even_odd(pair[u / 2], h[u], h[u + 1]);
+      }
+    } else {
+      for (int u = 0; u < kCount; ++u) h[u] = rounded<R>(h[u]);
+      if (to) write(to, n, h);
+    }
+  }
+
+  void fill(Real* to, Real value) const {
+    for (int64_t c = 0; c < p.N; ++c) to[c] = value;
+  }
+  // weight or bias as blocks are in registers, in the arithmetic type; `absent` everywhere where there is none.
+  const Real* prepared(const void* from, DType type, Real absent, Real* to) const {
+    if (!from) {
+      fill(to, absent);
+      return to;
+    }
+    switch (type) {
+      case DType::f64:
+        return prepared(static_cast<const double*>(from), to);
+      case DType::bf16:
+        return prepared(static_cast<const bf16*>(from), to);
+      case DType::f16:
+        return prepared(static_cast<const f16*>(from), to);
+      default:
+        return prepared(static_cast<const float*>(from), to);
+    }
+  }
+  template <class V>
+  const Real* prepared(const V* from, Real* to) const {
+    if constexpr (__is_same(V, Real) && !kEvenOdd) return from;
+    each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
+      Vec<Real> v[count];
+      read(from + c, n, v);
+      if constexpr (kEvenOdd && count > 1 && sizeof(V) != 2) {
+        for (int u = 0; u < count; u += 2) split_even_odd(v[u], v[u + 1]);
+      }
+      for (int u = 0; u < count; ++u) store(to + c + u * L, v[u]);
+    });
+    return to;
+  }
+  void write_partial(const Real* from, Real* to) const {
+    each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
+      Vec<Real> v[count];
+      read(from + c, n, v);
+      if constexpr (kEvenOdd && count > 1) {
+        for (int u = 0; u < count; u += 2) merge_even_odd(v[u], v[u + 1]);
+      }
+      if constexpr (count > 1) {
+        for (int u = 0; u < count; ++u) store(to + c + u * L, v[u]);
+      } else {
+        store_as<Real>(to + c, v[0], n);
+      }
+    });
+  }
+
   static TFORMER_INLINE Real total_of(const Vec<Real> (&x)[kBlock]) {
     return sum_lanes<Real>((x[0] + x[1]) + (x[2] + x[3]));
   }
@@ -122,23 +199,43 @@ struct ResidualNorm {
   // Asks for a block of a later row: it arrives while this one is worked on. Into the second-level cache, which has
   // room for more requests on their way than the first.
   template <class V>
-  TFORMER_INLINE void prefetch_ahead(const V* from, int64_t stride, int64_t c, int64_t i, int64_t ahead) const {
+  static TFORMER_INLINE void prefetch_block(const V* from) {
     constexpr int kLine = 64, kBytes = kBlock * L * static_cast<int>(sizeof(V));
-    if (!from || i + ahead >= p.M) return;
-    const char* next = reinterpret_cast<const char*>(from + ahead * stride + c);
-    for (int at = 0; at < kBytes; at += kLine) __builtin_prefetch(next + at, 0, 2);
+    for (int at = 0; at < kBytes; at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(from) + at, 0, 2);
+  }
+  template <class V>
+  TFORMER_INLINE void prefetch_ahead(const V* from, int64_t stride, int64_t c, int64_t i, int64_t ahead) const {
+    if (from && i + ahead < p.M) prefetch_block(from + ahead * stride + c);
   }
 
   // Dropout of the columns from c in row i, h times their factors; whoever works on a row goes through it in order.
   template <int kCount>
   TFORMER_INLINE void drop(int64_t i, int64_t c, Vec<Real> (&h)[kCount]) const {
     static_assert(kPhiloxBlock % (kBlock * L) == 0);
+    if constexpr (kCount * L == kPhiloxBlock) {
+      const uint64_t r = static_cast<uint64_t>(i);
+      const DropoutRow counter{static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), kPhiloxNormStream};
+      Vec<Real> factor[kCount];
+      dropout.words(counter, c, [&](int at, U32 word) TFORMER_LAMBDA {
+        factor[at / L] = where_at_least(word, dropout.threshold, static_cast<Real>(dropout.scale));
+      });
+      if constexpr (kEvenOdd && kCount > 1) {
+        for (int u = 0; u < kCount; u += 2) split_even_odd(factor[u], factor[u + 1]);
+      }
+      for (int u = 0; u < kCount; ++u) h[u] *= factor[u];
+      return;
+    }
     if (c % kPhiloxBlock == 0) {
       const uint64_t r = static_cast<uint64_t>(i);
       const DropoutRow counter{static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), kPhiloxNormStream};
       dropout.factors(counter, c, kPhiloxBlock, keep);
     }
-    for (int u = 0; u < kCount; ++u) h[u] *= load(keep + c % kPhiloxBlock + u * L);
+    Vec<Real> factor[kCount];
+    for (int u = 0; u < kCount; ++u) factor[u] = load(keep + c % kPhiloxBlock + u * L);
+    if constexpr (kEvenOdd && kCount > 1) {
+      for (int u = 0; u < kCount; u += 2) split_even_odd(factor[u], factor[u + 1]);
+    }
+    for (int u = 0; u < kCount; ++u) h[u] *= factor[u];
   }
 
   // mean and the mean squared distance from it. The first pass's mean has rounding errors of the size of the row's
@@ -189,17 +286,11 @@ struct ResidualNorm {
       read(to.residual + c, n, other);
       for (int u = 0; u < count; ++u) h[u] += other[u];
     }
-    // what is kept is what is normalised: backward sees these numbers
-    if constexpr (count > 1) {
-      for (int u = 0; u < count; u += 2) round_two<R>(h[u], h[u + 1]);
-    } else {
-      h[0] = rounded<R>(h[0]);
-    }
+    round_and_write(to.sum ? to.sum + c : nullptr, n, h);
     for (int u = 0; u < count; ++u) {
       to.total[u] += h[u];
       store(to.row + c + u * L, h[u]);
     }
-    if (to.sum) write_result(to.sum + c, n, h);
   }
 
   // y of a row that has been read, a block at a time.
@@ -217,117 +308,134 @@ struct ResidualNorm {
   }
   template <class Count>
   TFORMER_INLINE void write_block(const Writing& from, Count count, int64_t c, int64_t n) const {
-    const Real *weight = static_cast<const Real*>(p.weight), *bias = static_cast<const Real*>(p.bias);
-    Vec<Real> h[count], other[count];
-    for (int u = 0; u < count; ++u) h[u] = (load(from.row + c + u * L) - from.mean) * from.rstd;
-    if (weight) {
-      read(weight + c, n, other);
-      for (int u = 0; u < count; ++u) h[u] *= other[u];
-    }
-    if (bias) {
-      read(bias + c, n, other);
-      for (int u = 0; u < count; ++u) h[u] += other[u];
-    }
-    write_result(from.y + c, n, h);
+    Vec<Real> h[count], w[count], b[count];
+    read(weight + c, n, w);
+    read(bias + c, n, b);
+    for (int u = 0; u < count; ++u) h[u] = (load(from.row + c + u * L) - from.mean) * from.rstd * w[u] + b[u];
+    write(from.y + c, n, h);
   }
 
   // xhat = (h - mean) rstd, g = weight dy: dh = rstd (g - mean(g) - xhat mean(g xhat)); mean(g) is absent for RMS.
   template <int kRows>
-  TFORMER_INLINE void backward_rows(int64_t i, Real* dw, Real* db) const {
+  struct Rows {
+    int64_t i;
     const R *saved[kRows], *dsum[kRows];
-    const T* dy[kRows];
+    const T *dy[kRows], *next_dy[kRows];
     Real mean[kRows], rstd[kRows];
-    Vec<Real> sum_g[kRows] = {}, sum_gx[kRows] = {};
+    Vec<Real> sum_g[kRows], sum_gx[kRows];
+  };
+  template <int kRows, int kCount>
+  TFORMER_INLINE void first_pass(Rows<kRows>& rows, int64_t c, int64_t n) const {
+    Vec<Real> w[kCount], for_w[kCount] = {}, for_b[kCount] = {};
+    read(weight + c, n, w);
     for (int r = 0; r < kRows; ++r) {
-      saved[r] = at<R>(p.saved, i + r, p.saved_stride), dy[r] = at<T>(p.grad_y, i + r, p.grad_y_stride);
-      dsum[r] = at<R>(p.grad_sum, i + r, p.grad_sum_stride);
-      mean[r] = p.rms ? Real(0) : static_cast<const Real*>(p.mean)[i + r];
-      rstd[r] = static_cast<const Real*>(p.rstd)[i + r];
-    }
-    const Real* weight = static_cast<const Real*>(p.weight);
-    const auto first_pass = [&](int64_t c, int64_t n) TFORMER_LAMBDA {
-      Vec<Real> w[1] = {splat(Real(1))}, h[1], d[1], for_w[1] = {}, for_b[1] = {};
-      if (weight) read(weight + c, n, w);
-      if (dw) read(dw + c, n, for_w);
-      if (db) read(db + c, n, for_b);
-      for (int r = 0; r < kRows; ++r) {
-        read(dy[r] + c, n, d);  // zero past the end, so those lanes add nothing
-        read(saved[r] + c, n, h);
-        const Vec<Real> xhat = (h[0] - mean[r]) * rstd[r], g = d[0] * w[0];
-        sum_g[r] += g;
-        sum_gx[r] += g * xhat;
-        for_w[0] += d[0] * xhat;
-        for_b[0] += d[0];
+      Vec<Real> d[kCount], h[kCount];
+      read(rows.dy[r] + c, n, d);  // zero past the end, so those lanes add nothing
+      read(rows.saved[r] + c, n, h);
+      for (int u = 0; u < kCount; ++u) {
+        const Vec<Real> product = d[u] * ((h[u] - rows.mean[r]) * rows.rstd[r]);
+        rows.sum_g[r] += w[u] * d[u];
+        rows.sum_gx[r] += w[u] * product;
+        for_w[u] += product;
+        for_b[u] += d[u];
       }
-      if (dw) write(dw + c, n, for_w);
-      if (db) write(db + c, n, for_b);
-    };
-    int64_t c = 0;
-    for (; c + kBlock * L <= p.N; c += kBlock * L) {
-      for (int r = 0; r < kRows; ++r) {  // what the second pass reads of this row, and this one of a later row
-        prefetch_ahead(dsum[r], p.grad_sum_stride, c, i + r, 0);
-        prefetch_ahead(dy[r], p.grad_y_stride, c, i + r, kRows);
-      }
-      for (int u = 0; u < kBlock; ++u) first_pass(c + u * L, L);
     }
-    for (; c < whole; c += L) first_pass(c, L);
-    if (whole < p.N) first_pass(whole, p.N - whole);
+    Real *dw = row[0] + c, *db = row[1] + c;
+    for (int u = 0; u < kCount; ++u) for_w[u] += load(dw + u * L), for_b[u] += load(db + u * L);
+    for (int u = 0; u < kCount; ++u) store(dw + u * L, for_w[u]), store(db + u * L, for_b[u]);
+  }
+  // Several rows at once, so that the gradients of weight and bias are read and written once for all; few enough to
+  // stay in L1.
+  void backward_group(int64_t i, int64_t end) const {
+    constexpr int64_t kRowBytes = 24 * 1024;
+    const bool four = 4 * p.N * static_cast<int64_t>(sizeof(T) + sizeof(R)) <= kRowBytes;
+    for (; four && i + 4 <= end; i += 4) backward_rows<4>(i);
+    for (; i + 2 <= end; i += 2) backward_rows<2>(i);
+    if (i < end) backward_rows<1>(i);
+  }
+  template <int kRows>
+  TFORMER_INLINE void backward_rows(int64_t i) const {
+    Rows<kRows> rows = {};
+    rows.i = i;
+    for (int r = 0; r < kRows; ++r) {
+      rows.saved[r] = at<R>(p.saved, i + r, p.saved_stride), rows.dy[r] = at<T>(p.grad_y, i + r, p.grad_y_stride);
+      rows.dsum[r] = at<R>(p.grad_sum, i + r, p.grad_sum_stride);
+      rows.next_dy[r] = i + r + kRows < p.M ? rows.dy[r] + kRows * p.grad_y_stride : rows.dy[r];
+      rows.mean[r] = p.rms ? Real(0) : static_cast<const Real*>(p.mean)[i + r];
+      rows.rstd[r] = static_cast<const Real*>(p.rstd)[i + r];
+    }
+    each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
+      if constexpr (count > 1) {
+        for (int r = 0; r < kRows; ++r) prefetch_block(rows.next_dy[r] + c);
+        if (p.grad_sum) {
+          for (int r = 0; r < kRows; ++r) prefetch_block(rows.dsum[r] + c);
+        }
+        for (int u = 0; u < count; u += 2) first_pass<kRows, 2>(rows, c + u * L, n);
+      } else {
+        first_pass<kRows, 1>(rows, c, n);
+      }
+    });
     const Real count = static_cast<Real>(p.N);
     for (int r = 0; r < kRows; ++r) {
-      const Real mean_g = p.rms ? Real(0) : sum_lanes<Real>(sum_g[r]) / count;
-      write_gradients(i + r, kRows, saved[r], dy[r], dsum[r], mean[r], rstd[r], mean_g,
-                      sum_lanes<Real>(sum_gx[r]) / count);
+      const Real mean_g = p.rms ? Real(0) : sum_lanes<Real>(rows.sum_g[r]) / count;
+      const Real mean_gx = sum_lanes<Real>(rows.sum_gx[r]) / count;
+      write_gradients(i + r, kRows, rows.saved[r], rows.dy[r], rows.dsum[r], rows.mean[r], rows.rstd[r], mean_g,
+                      rows.rstd[r] * mean_gx);
     }
   }
 
   // ahead: rows from i to the one that is read at this place next.
   TFORMER_INLINE void write_gradients(int64_t i, int64_t ahead, const R* saved, const T* dy, const R* dsum, Real mean,
-                                      Real rstd, Real mean_g, Real mean_gx) const {
-    const Real* weight = static_cast<const Real*>(p.weight);
+                                      Real rstd, Real mean_g, Real slope) const {
     T* dx = at<T>(p.grad_x, i, p.N);
     R* dresidual = at<R>(p.grad_residual, i, p.N);
-    const Real slope = rstd * mean_gx;
+    const R* next_saved = i + ahead < p.M ? saved + ahead * p.saved_stride : saved;
     each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
-      Vec<Real> g[count], h[count], other[count];
-      prefetch_ahead(saved, p.saved_stride, c, i, ahead);
+      Vec<Real> g[count], h[count], w[count];
+      prefetch_block(next_saved + c);
       read(dy + c, n, g);
       read(saved + c, n, h);
-      if (weight) {
-        read(weight + c, n, other);
-        for (int u = 0; u < count; ++u) g[u] *= other[u];
-      }
-      for (int u = 0; u < count; ++u) h[u] = (g[u] - mean_g - (h[u] - mean) * slope) * rstd;
+      read(weight + c, n, w);
+      for (int u = 0; u < count; ++u) h[u] = (g[u] * w[u] - mean_g - (h[u] - mean) * slope) * rstd;
       if (dsum) {
-        read(dsum + c, n, other);
-        for (int u = 0; u < count; ++u) h[u] += other[u];
+        read(dsum + c, n, g);
+        for (int u = 0; u < count; ++u) h[u] += g[u];
       }
-      if (dresidual) write_result(dresidual + c, n, h);
+      if (dresidual) write(dresidual + c, n, h);
       if (p.dropout_p > 0) drop(i, c, h);
-      write_result(dx + c, n, h);
+      write(dx + c, n, h);
     });
   }
 };
 
 // out[c] = the sum of partial (chunks, N) over the chunks, in their order and in double precision.
-template <class Real>
-void sum_partials(const Real* partial, int64_t chunks, int64_t N, Real* out) {
-  constexpr int kVectors = 8, kColumns = kLanes<double>;
+template <class Real, class V>
+void sum_partials(const Real* partial, int64_t chunks, int64_t N, V* out) {
+  constexpr int L = kLanes<Real>, kVectors = 8, kColumns = kLanes<double>, kBlock = kVectors * kColumns;
   using Narrow = VecN<Real, kColumns>;
-  int64_t c = 0;
-  for (; c + kVectors * kColumns <= N; c += kVectors * kColumns) {
-    Vec<double> sum[kVectors] = {};
-    for (int64_t n = 0; n < chunks; ++n) {
-      const Real* from = partial + n * N + c;
-      for (int u = 0; u < kVectors; ++u) {
-        sum[u] += __builtin_convertvector(load_bytes<Narrow>(from + u * kColumns), Vec<double>);
+  Real block[kBlock] = {};
+  for (int64_t c = 0; c < N; c += kBlock) {
+    const int64_t width = N - c < kBlock ? N - c : kBlock;
+    if (width == kBlock) {
+      Vec<double> sum[kVectors] = {};
+      for (int64_t n = 0; n < chunks; ++n) {
+        const Real* from = partial + n * N + c;
+        for (int u = 0; u < kVectors; ++u) {
+          sum[u] += __builtin_convertvector(load_bytes<Narrow>(from + u * kColumns), Vec<double>);
+        }
+      }
+      for (int u = 0; u < kVectors; ++u) store(block + u * kColumns, __builtin_convertvector(sum[u], Narrow));
+    } else {
+      for (int64_t j = 0; j < width; ++j) {
+        double sum = 0;
+        for (int64_t n = 0; n < chunks; ++n) sum += static_cast<double>(partial[n * N + c + j]);
+        block[j] = static_cast<Real>(sum);
       }
     }
-    for (int u = 0; u < kVectors; ++u) store(out + c + u * kColumns, __builtin_convertvector(sum[u], Narrow));
-  }
-  for (; c < N; ++c) {
-    double sum = 0;
-    for (int64_t n = 0; n < chunks; ++n) sum += static_cast<double>(partial[n * N + c]);
-    out[c] = static_cast<Real>(sum);
+    for (int64_t j = 0; j < width; j += L) {
+      width - j < L ? store_as<Real>(out + c + j, load(block + j), width - j)
+                    : store_as<Real>(out + c + j, load(block + j));
+    }
   }
 }
 
