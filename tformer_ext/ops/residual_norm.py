@@ -144,8 +144,12 @@ class ResidualNormBackward(torch.autograd.Function):
         residual_dtype,
         bias_dtype,
     ):
-        grad_y = evenly_spaced_rows(grad_y.to(x_dtype))
-        grad_sum = None if grad_sum is None else evenly_spaced_rows(grad_sum)
+        if grad_y.dtype != x_dtype:
+            grad_y = grad_y.to(x_dtype)
+        if not grad_y.is_contiguous():
+            grad_y = evenly_spaced_rows(grad_y)
+        if grad_sum is not None and not grad_sum.is_contiguous():
+            grad_sum = evenly_spaced_rows(grad_sum)
         return _backward(
             grad_y,
             grad_sum,
