@@ -76,6 +76,20 @@ def test_small_results_and_other_sizes():
     assert tx.memory.kept_bytes() == BYTES and other.shape == (2 * ROWS, WIDTH)
 
 
+def test_medium_results():
+    """Kept to their size, since few large ones would fit, and up to 32 MiB."""
+    tx.memory.set_limit(64 * BYTES)
+    first = result(rows=200)
+    address = first.data_ptr()
+    del first
+    assert tx.memory.kept_bytes() == 13 * 2**16  # 800 KiB in steps of 64
+    second = result(-2.0, rows=200)
+    assert second.data_ptr() == address and tx.memory.kept_bytes() == 0
+    tensors = [result(rows=256) for _ in range(40)]
+    del tensors
+    assert tx.memory.kept_bytes() == 32 * 2**20
+
+
 def test_off():
     tx.memory.set_limit(0)
     t = result()

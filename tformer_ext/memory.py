@@ -1,9 +1,10 @@
 """Memory of large results on the CPU.
 
-When a result of 4 MiB or more is freed, its memory is kept for the next one of that size, because having the system map
-and clear new pages takes longer than most kernels take to fill them. Kept memory is marked as free to take: the system
-reclaims it before it runs short, although it counts as this process's until then. At first up to an eighth of the
-machine's memory is kept. Results that are kept this way live in storages of their own, which cannot be resized.
+When a result of 256 KiB or more is freed, its memory is kept for the next one of that size, because having the system
+map and clear new pages takes longer than most kernels take to fill them. From 4 MiB on kept memory is marked as free to
+take: the system reclaims it before it runs short, although it counts as this process's until then. At first up to an
+eighth of the machine's memory is kept, at most 32 MiB of it in blocks below 4 MiB. Results that are kept this way live
+in storages of their own, which cannot be resized.
 """
 
 import operator

@@ -10,9 +10,14 @@
 namespace tformer {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugePage = size_t{2} << 20, kMediumStep = size_t{64} << 10;
 
-size_t rounded(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+bool is_large(size_t bytes) { return bytes >= BlockCache::kLargeBlock; }
+
+size_t rounded(size_t bytes) {
+  const size_t step = is_large(bytes) ? kHugePage : kMediumStep;
+  return (bytes + step - 1) / step * step;
+}
 
 #if defined(__linux__) && defined(MADV_FREE) && defined(MADV_HUGEPAGE)
 
@@ -20,8 +25,12 @@ size_t machine_bytes() {
   return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
 }
 
-// Aligned to huge pages; a whole number of them.
+// Large ones aligned to huge pages, and a whole number of them.
 void* map_block(size_t bytes) {
+  if (!is_large(bytes)) {
+    void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return mapped == MAP_FAILED ? nullptr : mapped;
+  }
   const size_t wider = bytes + kHugePage;
   void* mapped = mmap(nullptr, wider, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
@@ -79,9 +88,15 @@ void BlockCache::give_back(void* data, size_t bytes) noexcept {
   bytes = rounded(bytes);
   const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
   if (!lock.owns_lock() || bytes > limit_) return unmap_block(data, bytes);
-  mark_reclaimable(data, bytes);
+  if (is_large(bytes)) mark_reclaimable(data, bytes);
   kept_.push_back({data, bytes});
   kept_bytes_ += bytes;
+  size_t medium = 0;
+  for (size_t n = kept_.size(); n-- > 0;) {  // the newest stay
+    if (is_large(kept_[n].bytes)) continue;
+    medium += kept_[n].bytes;
+    if (medium > kMediumBytes) drop(n);
+  }
   shrink_to(limit_);
 }
 
@@ -99,12 +114,13 @@ size_t BlockCache::kept_bytes() {
 }
 
 void BlockCache::shrink_to(size_t bytes) {
-  size_t dropped = 0;
-  for (; kept_bytes_ > bytes; ++dropped) {
-    kept_bytes_ -= kept_[dropped].bytes;
-    unmap_block(kept_[dropped].data, kept_[dropped].bytes);
-  }
-  kept_.erase(kept_.begin(), kept_.begin() + static_cast<std::ptrdiff_t>(dropped));
+  while (kept_bytes_ > bytes) drop(0);
+}
+
+void BlockCache::drop(size_t n) {
+  unmap_block(kept_[n].data, kept_[n].bytes);
+  kept_bytes_ -= kept_[n].bytes;
+  kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(n));
 }
 
 }  // namespace tformer

@@ -2,8 +2,9 @@
 //
 // The C library gives large blocks back to the system when they are freed and maps new ones for the next result, and
 // the system clears every page of them: that takes longer than most kernels take to fill them. Blocks kept here stay
-// mapped, in huge pages. They are marked as free to take (MADV_FREE), so that the system reclaims them before it runs
-// short; what it has not reclaimed is reused at no cost.
+// mapped. Large ones are in huge pages, and marked as free to take (MADV_FREE), so that the system reclaims them before
+// it runs short; what it has not reclaimed is reused at no cost. In small pages marking takes as long as writing, so
+// medium blocks are not marked, and few are kept.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +15,9 @@ namespace tformer {
 
 class BlockCache {
  public:
-  // Smaller ones the C library keeps itself.
-  static constexpr size_t kSmallestBlock = size_t{4} << 20;
+  // Smaller ones the C library keeps itself. Of these, and of some times their size, it gives the end of its heap back.
+  static constexpr size_t kSmallestBlock = size_t{256} << 10, kLargeBlock = size_t{4} << 20;
+  static constexpr size_t kMediumBytes = size_t{32} << 20;  // kept at most in blocks below kLargeBlock
 
   static BlockCache& instance();
 
@@ -35,6 +37,7 @@ class BlockCache {
 
   BlockCache();
   void shrink_to(size_t bytes);
+  void drop(size_t n);
 
   std::mutex mutex_;
   std::vector<Block> kept_;  // oldest first
