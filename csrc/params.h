@@ -109,6 +109,8 @@ struct NormParams {
   bool rms;
   bool around_cache;  // the results are larger than the caches and aligned to their lines: write them past these
 
+  int64_t rows_ahead;  // forward: fetches the row so many after the one that is read; from M on none
+
   // Backward only; x, residual, y and sum are then unused.
   const void* saved;  // (M, N) of sum_dtype: the rows that were normalised
   int64_t saved_stride;

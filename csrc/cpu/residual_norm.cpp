@@ -20,19 +20,40 @@ int64_t rows_per_chunk(int64_t M, int64_t N) {
   return std::max({(M + kChunks - 1) / kChunks, kRows, kElements / std::max<int64_t>(N, 1)});
 }
 
-// Bytes of the last-level cache that this process sees; 32 MiB where the system does not tell. From sysfs: the C
-// library's sysconf adds up the caches of a whole package, also in a virtual machine that has a part of one of them.
-size_t last_level_cache() {
-  static const size_t bytes = [] {
-    size_t largest = 0, size = 0;
+// Bytes of one core's second-level cache and of the last-level cache that this process sees; those of common machines
+// where the system does not tell. From sysfs: the C library's sysconf adds up the caches of a whole package, also in a
+// virtual machine that has a part of one of them.
+struct CacheSizes {
+  size_t second = size_t{1} << 20, last = size_t{32} << 20;
+};
+
+const CacheSizes& cache_sizes() {
+  static const CacheSizes sizes = [] {
+    size_t second = 0, last = 0, size = 0;
     for (int index = 0; index < 8; ++index) {
-      std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+      const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index);
+      std::ifstream size_file(folder + "/size"), level_file(folder + "/level");
       char unit = 0;
-      if (file >> size >> unit) largest = std::max(largest, size << (unit == 'M' ? 20 : 10));
+      int level = 0;
+      if (!(size_file >> size >> unit) || !(level_file >> level)) continue;
+      size <<= unit == 'M' ? 20 : 10;
+      last = std::max(last, size);
+      if (level == 2) second = std::max(second, size);
     }
-    return largest > 0 ? largest : size_t{32} << 20;
+    CacheSizes found;
+    if (second > 0) found.second = second;
+    if (last > 0) found.last = last;
+    return found;
   }();
-  return bytes;
+  return sizes;
+}
+
+// How many rows before it is read forward asks for a row of x and residual. The hardware fetches ahead by itself, but
+// not beyond a page, so a page is the distance. What may lie in the second-level cache needs no asking: M, none.
+int64_t rows_ahead(const NormParams& p, size_t element) {
+  constexpr int64_t kPage = 4096;
+  const int64_t row = p.N * static_cast<int64_t>(element);
+  return static_cast<size_t>(p.M * row) < cache_sizes().second ? p.M : 1 + kPage / (row + 1);
 }
 
 // Whether the results had better not go through the caches: the end of them would throw out the beginning, and a store
@@ -46,7 +67,7 @@ bool writes_around_cache(const NormParams& p, std::initializer_list<const Tensor
     if (row % kLine != 0 || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kLine != 0) return false;
     total += static_cast<size_t>(p.M) * row;
   }
-  return total >= last_level_cache();
+  return total >= cache_sizes().last;
 }
 
 double cost_of(const NormParams& p) { return 32.0 * static_cast<double>(p.M) * static_cast<double>(p.N); }
@@ -66,6 +87,7 @@ struct NormInputs {
              std::optional<ScalarType> wanted_dtype)
       : sum_dtype(sum_dtype_of(x, residual, wanted_dtype)),
         p(norm_forward_params(x, residual, dropout_seed, eps, dropout_p, rms, sum_dtype)) {
+    p.rows_ahead = rows_ahead(p, x.element_size());
     set_weight(p, weight);
     check_parameter(bias, "bias", p);
     if (bias.has_value()) p.bias = bias->const_data_ptr(), p.bias_dtype = dtype_of(*bias, "bias");

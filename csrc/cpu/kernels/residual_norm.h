@@ -28,7 +28,6 @@ struct ResidualNorm {
   Real* keep;           // the factors of dropout of the 64 columns at work
   const Real *weight = nullptr, *bias = nullptr;
   size_t bytes;
-  int64_t rows_ahead;  // of the row that forward reads: the one to be prefetched; none if all may be in cache
 
   ResidualNorm(const NormParams& params, Scratch scratch)
       : p(params), dropout(p.dropout_p, p.dropout_seed), whole(p.N / L * L) {
@@ -40,9 +39,6 @@ struct ResidualNorm {
     for (Real*& buffer : parameter) buffer = scratch.take<Real>(padded);
     keep = scratch.take<Real>(kPhiloxBlock);
     bytes = scratch.used();
-    constexpr int64_t kBytesAhead = 4096, kSecondLevel = 1 << 20;
-    const int64_t row_bytes = p.N * static_cast<int64_t>(sizeof(T));
-    rows_ahead = p.M * row_bytes < kSecondLevel ? p.M : 1 + kBytesAhead / (row_bytes + 1);
   }
 
   void forward(int64_t begin, int64_t end) {
@@ -278,8 +274,8 @@ struct ResidualNorm {
   template <class Count>
   TFORMER_INLINE void read_block(Reading& to, Count count, int64_t c, int64_t n) const {
     Vec<Real> h[count], other[count];
-    prefetch_ahead(to.x, p.x_stride, c, to.i, rows_ahead);
-    prefetch_ahead(to.residual, p.residual_stride, c, to.i, rows_ahead);
+    prefetch_ahead(to.x, p.x_stride, c, to.i, p.rows_ahead);
+    prefetch_ahead(to.residual, p.residual_stride, c, to.i, p.rows_ahead);
     read(to.x + c, n, h);
     if (p.dropout_p > 0) drop(to.i, c, h);
     if (to.residual) {
@@ -345,7 +341,7 @@ struct ResidualNorm {
     for (int u = 0; u < kCount; ++u) store(dw + u * L, for_w[u]), store(db + u * L, for_b[u]);
   }
   // Several rows at once, so that the gradients of weight and bias are read and written once for all; few enough to
-  // stay in L1.
+  // stay in an L1 of 32 KB. Not in that of this machine: how many shows in the rounding.
   void backward_group(int64_t i, int64_t end) const {
     constexpr int64_t kRowBytes = 24 * 1024;
     const bool four = 4 * p.N * static_cast<int64_t>(sizeof(T) + sizeof(R)) <= kRowBytes;
