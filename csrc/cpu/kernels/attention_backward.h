@@ -215,13 +215,14 @@ struct AttentionBackward {
     }
     for (int64_t n = 0; n < width; n += kPanel<P>) {
       const auto panel = [&](const Group* a, int64_t a_row, const Group* transposed, int64_t steps, Real* c) {
+        const ProductOperands<P> m{a + at * a_row, a_row, 1, transposed + n * steps, kPanel<P>, steps};
+        const IntoSums<P> into{c, kKeyBlock, false};
         for (int64_t r = 0; r < rows; r += kTileRows) {
           const Steps& all = seen[r / kTileRows];
           const int64_t from = all.begin > n ? all.begin : n, to = all.end < n + kPanel<P> ? all.end : n + kPanel<P>;
           if (from >= to) continue;
-          register_tile_rows<P>({a + (at + r) * a_row, a_row, 1, transposed + n * steps + from - n, kPanel<P>,
-                                 c + r * kKeyBlock + from, kKeyBlock, steps, false},
-                                rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>((to - from) / L));
+          register_tile_rows<P>(rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>((to - from) / L), m, into,
+                                m.a + r * a_row, m.b + from - n, steps, r, from);
         }
       };
       panel(q_a.rows, q_a.row, k_t, groups, s);
@@ -245,30 +246,27 @@ struct AttentionBackward {
         return Steps{(first > 0 ? first : 0) / P::kStep, (end + P::kStep - 1) / P::kStep};
       };
       const int64_t row_steps = padded / P::kStep;
-      multiply({p_down, 1, kKeyBlock, do_down + at / P::kStep * v_columns, v_columns, dv + key * v_columns, v_columns,
-                row_steps, true},
-               keys, v_columns, rows_of, finite, 1, kKeyBlock);
-      multiply({ds_down, 1, kKeyBlock, q_down + at / P::kStep * q_columns, q_columns, dk + key * q_columns, q_columns,
-                row_steps, true},
-               keys, q_columns, rows_of, finite, 1, kKeyBlock);
+      multiply({p_down, 1, kKeyBlock, do_down + at / P::kStep * v_columns, v_columns, row_steps}, keys, v_columns,
+               {dv + key * v_columns, v_columns, true}, rows_of, finite, 1, kKeyBlock);
+      multiply({ds_down, 1, kKeyBlock, q_down + at / P::kStep * q_columns, q_columns, row_steps}, keys, q_columns,
+               {dk + key * q_columns, q_columns, true}, rows_of, finite, 1, kKeyBlock);
     }
     if (t.want_dq) {
       const auto keys_of = [&](int64_t r) TFORMER_LAMBDA {
         return Steps{seen[r / kTileRows].begin / P::kStep, seen[r / kTileRows].end / P::kStep};
       };
-      multiply({ds_along, kKeyBlock / P::kStep, 1, k_down, q_columns, dq + at * q_columns, q_columns, width / P::kStep,
-                true},
-               rows, q_columns, keys_of, finite, kKeyBlock, 1);
+      multiply({ds_along, kKeyBlock / P::kStep, 1, k_down, q_columns, width / P::kStep}, rows, q_columns,
+               {dq + at * q_columns, q_columns, true}, keys_of, finite, kKeyBlock, 1);
     }
   }
 
   template <class StepsOf>
-  void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, StepsOf&& steps_of, bool finite,
-                int64_t hidden_row, int64_t hidden_step) const {
+  void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, const IntoSums<P>& into, StepsOf&& steps_of,
+                bool finite, int64_t hidden_row, int64_t hidden_step) const {
     if (finite) {
-      product<P>(m, rows, columns, steps_of);
+      product<P>(m, rows, columns, into, steps_of);
     } else {
-      product_without_hidden<P>(m, rows, columns, hidden, hidden_row, hidden_step);
+      product_without_hidden<P>(m, rows, columns, into, hidden, hidden_row, hidden_step);
     }
   }
 

@@ -106,7 +106,8 @@ struct AttentionForward {
       for (int64_t d = 0; d < p.Dv; ++d) out[d] += part[d] * factor;
       l += part[p.Dv + 1] * factor;
     }
-    finish_row(s, b, h, i, out, m, l);
+    const Real factor = factor_of_row(h, m, l);
+    write_row(row_of<T>(p.o, b, h, s.q_begin + i), out, l, factor);
     row_m[i] = m, row_l[i] = l;
   }
 
@@ -154,8 +155,13 @@ struct AttentionForward {
           const Tile at{b, h, i, rows, rows_are_heads, out + tile * kTileRows * out_columns, state[tile]};
           if (i + kTileRows < q_end) prefetch_queries(s, b, h, i + kTileRows, q_end);
           if (first) at.state.start();
-          add_range(row_scores, s, at, key0, padded, finite.holds(), next);
-          if (last) finish_tile(s, at, row_scores.pending_scale(), i - t.q_begin, t.k_begin);
+          const Span weighed = weigh_range(row_scores, s, at, key0, padded, finite.holds(), next);
+          if (!last) {
+            multiply_values(at, weighed, finite.holds(), nullptr);
+          } else {
+            finish_tile(s, at, weighed, finite.holds(), row_scores.pending_scale(), i - t.q_begin, t.k_begin);
+          }
+          next.fetch();
         }
         if (last && !p.part_keys) write_lse(s, b, h, t.q_begin, q_end - t.q_begin);
       }
@@ -180,18 +186,23 @@ struct AttentionForward {
     for (int64_t r = 0; r < kTileRows && i + r < q_end; ++r) prefetch_row(q + r * p.q.stride[2], p.D);
   }
 
-  // The keys [key0, key0 + padded) of one row tile: scores, weights, weighted sum of values.
-  void add_range(const Scores<Real>& row_scores, const Sequence& s, const Tile& tile, int64_t key0, int64_t padded,
-                 bool finite, Upcoming<T>& next) {
+  // Keys of a range, from the first one of a panel on; a whole number of vectors.
+  struct Span {
+    int64_t begin, end;
+  };
+
+  // The weights of one row tile and the keys [key0, key0 + padded); of which keys there are any.
+  Span weigh_range(const Scores<Real>& row_scores, const Sequence& s, const Tile& tile, int64_t key0, int64_t padded,
+                   bool finite, Upcoming<T>& next) {
     const KeyRange& range = row_scores.range;
     // what some row of the tile sees by position, and what all of them see
     const int64_t seen = clamp(range.begin(tile.i) - key0, 0, padded);
     const int64_t seen_end = clamp(range.end(tile.last_query()) - key0, 0, padded);
-    if (seen >= seen_end) return;
+    if (seen >= seen_end) return {0, 0};
     int64_t first = seen / kPanel<P>, last = panels(seen_end), fetches = 2 * panels(padded) + 1;
     for (int64_t n = first; n < last; ++n) live[n] = 1;
     if (row_scores.mask) leave_out_hidden(row_scores, tile, key0, first, last);
-    if (first >= last) return;
+    if (first >= last) return {0, 0};
     // whole key blocks, so that rows start on a Philox block; of the last panel only vectors that a row sees a key of
     first = first * kPanel<P> / kKeyBlock * kKeyBlock / kPanel<P>;
     const int64_t begin = first * kPanel<P>, vectors = round_up(seen_end, L);
@@ -210,6 +221,7 @@ struct AttentionForward {
         typename State::Bounds bounds;
         const bool edge = j < all || to > all_end;
         if (edge) {
+          bounds.begins = j<all, bounds.ends = to> all_end;
           for (int64_t r = 0; r < tile.rows; ++r) {
             bounds.begin[r] = static_cast<Real>(range.begin(tile.query(r)) - key0 - j);
             bounds.end[r] = static_cast<Real>(range.end(tile.query(r)) - key0 - j);
@@ -227,9 +239,7 @@ struct AttentionForward {
     for (int64_t r = 0; r < tile.rows; ++r) {
       if (!tile.state.empty && rescale[r] != 1) scale_row(tile.o + r * out_columns, rescale[r]);
     }
-    multiply_values(tile.rows, first, end, finite, tile.state.empty, tile.o);
-    next.fetch();
-    tile.state.empty = false;
+    return {begin, end};
   }
 
   // Panels of [first, last) that the mask hides from all rows of the tile.
@@ -248,6 +258,7 @@ struct AttentionForward {
   }
 
   using Product = ProductOperands<P>;
+  using Results = IntoRows<P, T>;
   static int64_t panels(int64_t n) { return (n + kPanel<P> - 1) / kPanel<P>; }
   static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
 
@@ -255,7 +266,7 @@ struct AttentionForward {
   Product keys_product(const Sequence& s, const Tile& tile) const {
     const T* q = row_of<const T>(p.q, tile.b, tile.h, s.q_begin + tile.i);
     const int64_t stride = tile.rows_are_heads ? p.q.stride[1] : p.q.stride[2];
-    Product m{queries, q_groups, 1, nullptr, kPanel<P>, nullptr, range_keys, groups, false};
+    Product m{queries, q_groups, 1, nullptr, kPanel<P>, groups};
     if (in_place<P, T>(p.D, stride)) {
       m.a = reinterpret_cast<const Group*>(q), m.a_row = stride / P::kStep;
     } else {
@@ -265,10 +276,9 @@ struct AttentionForward {
   }
 
   // The weights of keys [j, to) of the range, at most one panel, without scores in memory; false where that is no way.
-  bool weigh_panel(const Tile& tile, Product m, const typename State::Bounds* seen, int64_t j, int64_t to,
+  bool weigh_panel(const Tile& tile, const Product& m, const typename State::Bounds* seen, int64_t j, int64_t to,
                    Real scale) const {
     if constexpr (kTileColumns == 4) {
-      m.b = keys + j * groups;
       switch ((to - j) / L) {
         case 1:
           return weigh_columns<1>(tile, m, seen, j, scale);
@@ -286,21 +296,22 @@ struct AttentionForward {
   template <int kColumns>
   bool weigh_columns(const Tile& tile, const Product& m, const typename State::Bounds* seen, int64_t j,
                      Real scale) const {
+    const Group* panel = keys + j * groups;
     Group* w = weights + j / P::kStep;
     const int64_t w_row = range_keys / P::kStep;
     switch (tile.rows) {
       case 1:
-        return tile.state.template weigh_tile<1, kColumns>(m, seen, scale, w, w_row);
+        return tile.state.template weigh_tile<1, kColumns>(m, panel, seen, scale, w, w_row);
       case 2:
-        return tile.state.template weigh_tile<2, kColumns>(m, seen, scale, w, w_row);
+        return tile.state.template weigh_tile<2, kColumns>(m, panel, seen, scale, w, w_row);
       case 3:
-        return tile.state.template weigh_tile<3, kColumns>(m, seen, scale, w, w_row);
+        return tile.state.template weigh_tile<3, kColumns>(m, panel, seen, scale, w, w_row);
       case 4:
-        return tile.state.template weigh_tile<4, kColumns>(m, seen, scale, w, w_row);
+        return tile.state.template weigh_tile<4, kColumns>(m, panel, seen, scale, w, w_row);
       case 5:
-        return tile.state.template weigh_tile<5, kColumns>(m, seen, scale, w, w_row);
+        return tile.state.template weigh_tile<5, kColumns>(m, panel, seen, scale, w, w_row);
       default:
-        return tile.state.template weigh_tile<kTileRows, kColumns>(m, seen, scale, w, w_row);
+        return tile.state.template weigh_tile<kTileRows, kColumns>(m, panel, seen, scale, w, w_row);
     }
   }
 
@@ -340,41 +351,40 @@ struct AttentionForward {
   void multiply_keys(Product m, int64_t rows, int64_t from, int64_t to) const {
     for (int64_t n = from / kPanel<P>; n * kPanel<P> < to; ++n) {
       const int64_t columns = to - n * kPanel<P> < kPanel<P> ? to - n * kPanel<P> : kPanel<P>;
-      m.b = keys + n * groups * kPanel<P>, m.c = scores + n * kPanel<P>;
+      const IntoSums<P> panel{scores + n * kPanel<P>, range_keys, false};
+      m.b = keys + n * groups * kPanel<P>;
       if (live[n]) {
-        product<P>(m, rows, columns);
+        product<P>(m, rows, columns, panel);
       } else {
         for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t j = 0; j < columns; ++j) m.c[r * range_keys + j] = -kInfinity<Real>;
+          for (int64_t j = 0; j < columns; ++j) panel.c[r * range_keys + j] = -kInfinity<Real>;
         }
       }
     }
   }
 
-  // Where `fresh`, o holds nothing yet.
-  void multiply_values(int64_t rows, int64_t first, int64_t end, bool finite, bool fresh, Real* o) const {
-    const int64_t last = panels(end);
+  // Adds the weighted values to the tile's sums; or, where `results` are asked for, writes all of the sums there.
+  void multiply_values(const Tile& tile, const Span& span, bool finite, Results* results) const {
     constexpr int64_t kSumPanels = 256 / kPanel<P>;  // keys in one running sum
-    for (int64_t n = first; n < last;) {
+    const int64_t last = panels(span.end);
+    for (int64_t n = span.begin / kPanel<P>; n < last;) {
       int64_t run = n + 1;
       while (run < last && live[run] == live[n] && run % kSumPanels != 0) ++run;
       if (live[n]) {
-        const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < end ? run * kPanel<P> : end;
-        const ProductOperands<P> m{weights + j / P::kStep,
-                                   range_keys / P::kStep,
-                                   1,
-                                   values + j / P::kStep * out_columns,
-                                   out_columns,
-                                   o,
-                                   out_columns,
-                                   (stop - j) / P::kStep,
-                                   !fresh};
-        if (finite) {
-          product<P>(m, rows, out_columns);
+        const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < span.end ? run * kPanel<P> : span.end;
+        const Product m{
+            weights + j / P::kStep, range_keys / P::kStep, 1, values + j / P::kStep * out_columns, out_columns,
+            (stop - j) / P::kStep};
+        const IntoSums<P> sums{tile.o, out_columns, !tile.state.empty};
+        if (!finite) {
+          product_without_hidden<P>(m, tile.rows, out_columns, sums, hidden + j, range_keys, 1);
+        } else if (results && run == last) {
+          if (tile.state.empty) results->c = nullptr;
+          product<P>(m, tile.rows, out_columns, *results);
         } else {
-          product_without_hidden<P>(m, rows, out_columns, hidden + j, range_keys, 1);
+          product<P>(m, tile.rows, out_columns, sums);
         }
-        fresh = false;
+        tile.state.empty = false;
       }
       n = run;
     }
@@ -395,28 +405,42 @@ struct AttentionForward {
     }
   }
 
-  // o / l; a row without a visible key is 0. `at`: place of the tile among the rows of the task.
-  void finish_tile(const Sequence& s, const Tile& tile, Real scale, int64_t at, int64_t k_begin) const {
-    Real m[kTileRows], l[kTileRows];
+  // The last keys of a tile: o / l; a row without a visible key is 0. `at`: place of the tile among the task's rows.
+  void finish_tile(const Sequence& s, const Tile& tile, const Span& span, bool finite, Real scale, int64_t at,
+                   int64_t k_begin) const {
+    Real m[kTileRows], l[kTileRows], factor[kTileRows];
     for (int64_t r = 0; r < tile.rows; ++r) m[r] = tile.state.m[r] * scale, l[r] = sum_lanes<Real>(tile.state.l[r]);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const Real* o = tile.o + r * out_columns;
-      if (p.part_keys) {
-        write_part(part_of(k_begin / p.part_keys, tile.b, tile.head(r), tile.query(r)), tile.state.empty ? nullptr : o,
-                   m[r], l[r]);
-      } else {
-        finish_row(s, tile.b, tile.head(r), tile.query(r), o, m[r], l[r]);
-        row_m[at + r] = m[r], row_l[at + r] = l[r];
+    if (p.part_keys) {
+      multiply_values(tile, span, finite, nullptr);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        write_part(part_of(k_begin / p.part_keys, tile.b, tile.head(r), tile.query(r)),
+                   tile.state.empty ? nullptr : tile.o + r * out_columns, m[r], l[r]);
       }
+      return;
     }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      factor[r] = factor_of_row(tile.head(r), m[r], l[r]);
+      row_m[at + r] = m[r], row_l[at + r] = l[r];
+    }
+    T* rows = row_of<T>(p.o, tile.b, tile.h, s.q_begin + tile.i);
+    Results results{tile.o, out_columns, factor, rows, tile.rows_are_heads ? p.o.stride[1] : p.o.stride[2], p.Dv};
+    const bool direct = finite && span.begin < span.end;
+    multiply_values(tile, span, finite, direct ? &results : nullptr);
+    if (direct) return;
+    for (int64_t r = 0; r < tile.rows; ++r)
+      write_row(rows + r * results.row, tile.o + r * out_columns, l[r], factor[r]);
   }
 
-  void finish_row(const Sequence& s, int64_t b, int64_t h, int64_t i, const Real* o, Real& m, Real& l) const {
-    T* to = row_of<T>(p.o, b, h, s.q_begin + i);
-    if (l == 0) return store_row<Real>(to, p.Dv, [](int64_t) TFORMER_LAMBDA { return Vec<Real>{}; });
+  // What the sums of a row are multiplied with in the end; m and l get the sink. 0 if the row saw no key.
+  Real factor_of_row(int64_t h, Real& m, Real& l) const {
+    if (l == 0) return 0;
     const Real share = p.sinks ? add_sink(sink_of<Real>(p, h), m, l) : Real(1);
-    const Real factor = share / l;
-    store_row<Real>(to, p.Dv, [&](int64_t d) TFORMER_LAMBDA { return load(o + d) * factor; });
+    return share / l;
+  }
+
+  // The sums of a row that saw no key may be anything.
+  void write_row(T* to, const Real* sums, Real l, Real factor) const {
+    store_row<Real>(to, p.Dv, [&](int64_t d) TFORMER_LAMBDA { return l == 0 ? Vec<Real>{} : load(sums + d) * factor; });
   }
 
   // A row of one part of the keys: o before the division, m, l.

@@ -70,6 +70,7 @@ struct OnlineSoftmax {
 
   // The keys of a register tile that its rows see: row r those from begin[r] to end[r], counted from the tile's first.
   struct Bounds {
+    bool begins, ends;  // whether some of them hide anything
     Real begin[kTileRows], end[kTileRows];
   };
 
@@ -77,10 +78,10 @@ struct OnlineSoftmax {
   // Nothing happens, and false is returned, if m would have to be raised other than for the first keys. `seen` is null
   // where all rows see all keys.
   template <int kRows, int kColumns>
-  __attribute__((noinline)) bool weigh_tile(const ProductOperands<P>& product, const Bounds* seen, Real scale,
-                                            Group* weights, int64_t weights_row) {
+  __attribute__((noinline)) bool weigh_tile(const ProductOperands<P>& product, const Group* keys, const Bounds* seen,
+                                            Real scale, Group* weights, int64_t weights_row) {
     Vec<Real> acc[kRows][kColumns];
-    multiply_tile<P>(product, acc);
+    multiply_tile<P>(product, product.a, keys, product.steps, acc);
     if (seen) {
       const Vec<Real> lane = lane_index<Real>(), none = splat(-kInfinity<Real>);
 #pragma GCC unroll 8
@@ -88,8 +89,8 @@ struct OnlineSoftmax {
 #pragma GCC unroll 4
         for (int n = 0; n < kColumns; ++n) {
           const Real first = static_cast<Real>(n * L);
-          acc[r][n] = (lane < seen->end[r] - first) ? acc[r][n] : none;
-          acc[r][n] = (lane < seen->begin[r] - first) ? none : acc[r][n];
+          if (seen->ends) acc[r][n] = (lane < seen->end[r] - first) ? acc[r][n] : none;
+          if (seen->begins) acc[r][n] = (lane < seen->begin[r] - first) ? none : acc[r][n];
         }
       }
     }

@@ -1,11 +1,12 @@
-// Small matrix products C (+)= A B out of cache, as register tiles of kTileRows x kTileColumns vectors.
+// Small matrix products A B out of cache, as register tiles of kTileRows x kTileColumns vectors.
 //
 // Operands are made of groups: the elements along the summed dimension that one instruction consumes. A group is one
 // float (or double), or a pair of bf16 in 32 bits where the CPU multiplies those (vdpbf16ps).
 //   A: group (row r, step k) at a[r * a_row + k * a_step]; broadcast, so any strides serve, transposed ones too
 //   B: group (step k, column n) at b[k * b_step + n], columns padded to whole vectors
-//   C: arithmetic type, element (r, n) at c[r * c_row + n]; accumulate adds the product to it, as one rounded sum, so
-//      that a long sum made of several products loses less than one running total would
+//   C: arithmetic type, element (r, n) at c[r * c_row + n]. IntoSums stores the product there or adds it, as one
+//      rounded sum, so that a long sum made of several products loses less than one running total would. IntoRows
+//      takes the last product of such a sum, which then leaves for its place in memory without coming by C
 #pragma once
 
 #include "vec.h"
@@ -79,15 +80,13 @@ struct ProductOperands {
   int64_t a_row, a_step;
   const typename P::Group* b;
   int64_t b_step;
-  typename P::Real* c;
-  int64_t c_row;
   int64_t steps;
-  bool accumulate;
 };
 
-// The sums of one register tile.
+// The sums of one register tile: `steps` steps from those places of the operands on.
 template <class P, int kRows, int kColumns>
-TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, Vec<typename P::Real> (&acc)[kRows][kColumns]) {
+TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, const typename P::Group* a, const typename P::Group* b,
+                                  int64_t steps, Vec<typename P::Real> (&acc)[kRows][kColumns]) {
   using Real = typename P::Real;
   using Group = typename P::Group;
   constexpr int L = kLanes<Real>;
@@ -96,11 +95,9 @@ TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, Vec<typename P::R
 #pragma GCC unroll 4
     for (int n = 0; n < kColumns; ++n) acc[r][n] = Vec<Real>{};
   }
-  const Group* a = m.a;
-  const Group* b = m.b;
   const int64_t a_row = m.a_row, a_step = m.a_step, b_step = m.b_step;
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < m.steps; ++k, a += a_step, b += b_step) {
+  for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
     Vec<Group> row[kColumns];
 #pragma GCC unroll 4
     for (int n = 0; n < kColumns; ++n) row[n] = load(b + n * L);
@@ -114,53 +111,99 @@ TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, Vec<typename P::R
   }
 }
 
-template <class P, int kRows, int kColumns>
-__attribute__((noinline)) void register_tile(const ProductOperands<P>& m) {
+// Where the sums of a product go: into C. A tile's first row and column are those of its place in the product.
+template <class P>
+struct IntoSums {
   using Real = typename P::Real;
-  constexpr int L = kLanes<Real>;
-  // The second operand streams through the first-level cache and pushes out what c points to.
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  static constexpr int L = kLanes<Real>;
+  Real* c;
+  int64_t c_row;
+  bool accumulate;
+  bool wants_nothing() const { return accumulate; }  // of a tile without steps
+
+  template <int kColumns>
+  TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
+    Real* to = c + r * c_row + column;
 #pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) __builtin_prefetch(m.c + r * m.c_row + n * L, 1);
+    for (int n = 0; n < kColumns; ++n) store(to + n * L, accumulate ? load(to + n * L) + sums[n] : sums[n]);
   }
-  Vec<Real> acc[kRows][kColumns];
-  multiply_tile<P>(m, acc);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+};
+
+// Where they go: into rows in memory, with what has been summed in C before (unless that is null) and times a factor
+// for each row, narrowed.
+template <class P, class T>
+struct IntoRows {
+  using Real = typename P::Real;
+  static constexpr int L = kLanes<Real>;
+  const Real* c;
+  int64_t c_row;
+  const Real* factors;
+  T* rows;
+  int64_t row, width;
+  bool wants_nothing() const { return false; }
+
+  template <int kColumns>
+  TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
+    const Vec<Real> factor = splat(factors[r]);
+    Vec<Real> x[kColumns];
 #pragma GCC unroll 4
     for (int n = 0; n < kColumns; ++n) {
-      Real* c = m.c + r * m.c_row + n * L;
-      store(c, m.accumulate ? load(c) + acc[r][n] : acc[r][n]);
+      x[n] = (c ? load(c + r * c_row + column + n * L) + sums[n] : sums[n]) * factor;
+    }
+    T* to = rows + r * row + column;
+    if (const int64_t left = width - column; left >= kColumns * L) {
+#pragma GCC unroll 2
+      for (int n = 0; n + 1 < kColumns; n += 2) store_two_as<Real>(to + n * L, x[n], x[n + 1]);
+      if constexpr (kColumns % 2 != 0) store_as<Real>(to + (kColumns - 1) * L, x[kColumns - 1]);
+    } else {
+      for (int n = 0; n * L < left; ++n) {
+        if (left - n * L >= L) {
+          store_as<Real>(to + n * L, x[n]);
+        } else {
+          store_as<Real>(to + n * L, x[n], left - n * L);
+        }
+      }
     }
   }
+};
+
+template <class P, int kRows, int kColumns, class Into>
+__attribute__((noinline)) void register_tile(const ProductOperands<P>& m, const typename P::Group* a,
+                                             const typename P::Group* b, int64_t steps, int64_t r, int64_t column,
+                                             const Into& into) {
+  Vec<typename P::Real> acc[kRows][kColumns];
+  multiply_tile<P>(m, a, b, steps, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) into(r + i, column, acc[i]);
 }
 
-template <class P, int kRows>
-TFORMER_INLINE void register_tile_columns(const ProductOperands<P>& m, int columns) {
-  if (columns == 1) return register_tile<P, kRows, 1>(m);
-  if (columns == 2) return register_tile<P, kRows, 2>(m);
+template <class P, int kRows, class Into, class... Place>
+TFORMER_INLINE void register_tile_columns(int columns, const ProductOperands<P>& m, const Into& into, Place... place) {
+  if (columns == 1) return register_tile<P, kRows, 1>(m, place..., into);
+  if (columns == 2) return register_tile<P, kRows, 2>(m, place..., into);
   if constexpr (kTileColumns > 2) {
-    if (columns == 3) return register_tile<P, kRows, 3>(m);
-    if (columns == 4) return register_tile<P, kRows, 4>(m);
+    if (columns == 3) return register_tile<P, kRows, 3>(m, place..., into);
+    if (columns == 4) return register_tile<P, kRows, 4>(m, place..., into);
   }
 }
 
-template <class P>
-TFORMER_INLINE void register_tile_rows(const ProductOperands<P>& m, int64_t rows, int columns) {
+// A register tile of 1 to kTileRows rows and 1 to kTileColumns vectors; place: a, b, steps, first row, first column.
+template <class P, class Into, class... Place>
+TFORMER_INLINE void register_tile_rows(int64_t rows, int columns, const ProductOperands<P>& m, const Into& into,
+                                       Place... place) {
   switch (rows) {
     case 1:
-      return register_tile_columns<P, 1>(m, columns);
+      return register_tile_columns<P, 1>(columns, m, into, place...);
     case 2:
-      return register_tile_columns<P, 2>(m, columns);
+      return register_tile_columns<P, 2>(columns, m, into, place...);
     case 3:
-      return register_tile_columns<P, 3>(m, columns);
+      return register_tile_columns<P, 3>(columns, m, into, place...);
     case 4:
-      return register_tile_columns<P, 4>(m, columns);
+      return register_tile_columns<P, 4>(columns, m, into, place...);
     case 5:
-      return register_tile_columns<P, 5>(m, columns);
+      return register_tile_columns<P, 5>(columns, m, into, place...);
     default:
-      return register_tile_columns<P, kTileRows>(m, columns);
+      return register_tile_columns<P, kTileRows>(columns, m, into, place...);
   }
 }
 
@@ -169,56 +212,53 @@ struct Steps {
   int64_t begin, end;
 };
 
-// C (rows x columns) (+)= A B; columns is a whole number of vectors. steps_of(r): those of the sums of the row tile
-// from r, where the others are known to be 0; there have to be some unless the product is added to C.
-template <class P, class StepsOf>
-void product(ProductOperands<P> m, int64_t rows, int64_t columns, StepsOf&& steps_of) {
+// The sums of A B (rows x columns) to where `into` says; columns is a whole number of vectors. steps_of(r): those of
+// the sums of the row tile from r, where the others are known to be 0.
+template <class P, class Into, class StepsOf>
+void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Into& into, StepsOf&& steps_of) {
   constexpr int L = kLanes<typename P::Real>;
   const int64_t vectors = columns / L;
   const int64_t strips = (vectors + kTileColumns - 1) / kTileColumns;
-  const ProductOperands<P> all = m;
   for (int64_t strip = 0; strip < strips; ++strip) {  // near-equal strips: 5 vectors are 3 + 2, not 4 + 1
     const int64_t first = vectors * strip / strips, last = vectors * (strip + 1) / strips;
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const Steps sum = steps_of(r);
-      if (sum.begin >= sum.end) continue;
-      m.a = all.a + r * all.a_row + sum.begin * all.a_step;
-      m.b = all.b + first * L + sum.begin * all.b_step;
-      m.c = all.c + r * all.c_row + first * L;
-      m.steps = sum.end - sum.begin;
-      register_tile_rows<P>(m, rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>(last - first));
+      const int64_t steps = sum.begin < sum.end ? sum.end - sum.begin : 0;
+      if (steps == 0 && into.wants_nothing()) continue;
+      register_tile_rows<P>(rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>(last - first), m, into,
+                            m.a + r * m.a_row + sum.begin * m.a_step, m.b + first * L + sum.begin * m.b_step, steps, r,
+                            first * L);
     }
   }
 }
 
-template <class P>
-void product(const ProductOperands<P>& m, int64_t rows, int64_t columns) {
-  product<P>(m, rows, columns, [&](int64_t) TFORMER_LAMBDA { return Steps{0, m.steps}; });
+template <class P, class Into>
+void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Into& into) {
+  product<P>(m, rows, columns, into, [&](int64_t) TFORMER_LAMBDA { return Steps{0, m.steps}; });
 }
 
 // The same product with the terms left out that `hidden` marks: hidden[r * hidden_row + k * hidden_step], k counting
 // elements. Taken only where B holds inf or NaN, which a weight of zero would turn into NaN. Same order of sums.
 template <class P>
-void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t columns, const uint8_t* hidden,
-                            int64_t hidden_row, int64_t hidden_step) {
+void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t columns, const IntoSums<P>& into,
+                            const uint8_t* hidden, int64_t hidden_row, int64_t hidden_step) {
   using Real = typename P::Real;
   using Group = typename P::Group;
   constexpr int L = kLanes<Real>;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t n = 0; n < columns; n += L) {
-      Real* c = m.c + r * m.c_row + n;
-      Vec<Real> acc{};
+      Vec<Real> acc[1] = {};
       for (int64_t k = 0; k < m.steps; ++k) {
         Group a;
         std::memcpy(&a, m.a + r * m.a_row + k * m.a_step, sizeof(a));
         const auto b = load(m.b + k * m.b_step + n);
         for (int i = 0; i < P::kStep; ++i) {
           if (!hidden[r * hidden_row + (k * P::kStep + i) * hidden_step]) {
-            acc = P::element(a, i) * P::elements(b, i) + acc;
+            acc[0] = P::element(a, i) * P::elements(b, i) + acc[0];
           }
         }
       }
-      store(c, m.accumulate ? load(c) + acc : acc);
+      into(r, n, acc);
     }
   }
 }
