@@ -14,6 +14,9 @@ namespace {
 // Rows of one block: two kQueryBlock x kKeyBlock tiles stay in cache between the five products.
 constexpr int64_t kQueryBlock = 96;
 
+// Row tiles of the sums over a block.
+constexpr int64_t kQueryTiles = kQueryBlock / kTileRows, kKeyTiles = (kKeyBlock + kTileRows - 1) / kTileRows;
+
 // rowsum(do * o) of one row.
 template <class T>
 TFORMER_INLINE double row_product(const T* go, const T* o, int64_t width) {
@@ -51,6 +54,7 @@ struct AttentionBackward {
   Group *p_down, *ds_down, *ds_along;
   Real *lse, *delta;
   uint8_t *hidden, *q_finite;
+  uint8_t *dq_progress, *dkv_progress;  // of the row tiles of dq, and of dk and of dv
   Upcoming<T> next;
   size_t bytes;
 
@@ -86,6 +90,8 @@ struct AttentionBackward {
     delta = scratch.take<Real>(q_count);
     hidden = scratch.take<uint8_t>(kQueryBlock * kKeyBlock);
     q_finite = scratch.take<uint8_t>(q_count / kQueryBlock + 1);
+    dq_progress = scratch.take<uint8_t>(dq_tiles());
+    dkv_progress = scratch.take<uint8_t>(dkv_tiles());
     bytes = scratch.used();
   }
 
@@ -93,18 +99,16 @@ struct AttentionBackward {
     for (int64_t b = t.b_begin; b < t.b_end; ++b) {
       const Sequence seq = sequence_of(p, b);
       for (int64_t h = t.h_begin; h < t.h_end; ++h) {
-        if (t.want_dkv && (h == t.h_begin || h % group == 0)) {
-          zero(dk, k_count * q_columns);
-          zero(dv, k_count * v_columns);
-        }
+        if (h == t.h_begin || h % group == 0) std::memset(dkv_progress, kNothing, static_cast<size_t>(dkv_tiles()));
         next = Upcoming<T>();
         if (h + 1 < t.h_end) {
           expect(t, seq, b, h + 1);
         } else if (b + 1 < t.b_end) {
           expect(t, sequence_of(p, b + 1), b + 1, t.h_begin);
         }
-        run_head(t, seq, b, h);
-        if (t.want_dkv && (h + 1 == t.h_end || (h + 1) % group == 0)) write_dkv(t, b, h / group, seq);
+        const bool last = h + 1 == t.h_end || (h + 1) % group == 0;  // of those that share dk and dv
+        run_head(t, seq, b, h, last);
+        if (t.want_dkv && last) write_dkv(t, b, h / group, seq);
       }
     }
   }
@@ -114,6 +118,9 @@ struct AttentionBackward {
   V* row_of(const Rows& r, int64_t b, int64_t h, int64_t i) const {
     return static_cast<V*>(r.data) + b * r.stride[0] + h * r.stride[1] + i * r.stride[2];
   }
+
+  int64_t dq_tiles() const { return (q_count / kQueryBlock + 1) * kQueryTiles; }
+  int64_t dkv_tiles() const { return 2 * k_count / kKeyBlock * kKeyTiles; }
 
   static void zero(Real* x, int64_t n) {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
@@ -129,30 +136,51 @@ struct AttentionBackward {
     next.add(row_of<const T>(p.v, b, h / group, k0), p.v.stride[2], k_count, p.Dv);
   }
 
-  void run_head(const AttentionTask& t, const Sequence& seq, int64_t b, int64_t h) {
+  void run_head(const AttentionTask& t, const Sequence& seq, int64_t b, int64_t h, bool last_head) {
     const int64_t q_end = t.q_end < seq.Sq ? t.q_end : seq.Sq;
     const int64_t k_end = t.k_end < seq.Sk ? t.k_end : seq.Sk;
     if (t.q_begin >= q_end) return;
     next.spread_over((q_end - t.q_begin) * ((k_end - t.k_begin + kKeyBlock - 1) / kKeyBlock));
     pack_queries(seq, b, h, t.q_begin, q_end);
-    if (t.want_dq) zero(dq, q_count * q_columns);
+    std::memset(dq_progress, kNothing, static_cast<size_t>(dq_tiles()));
     const Scores<Real> scores(p, seq, b, h);
     for (int64_t key0 = t.k_begin; key0 < k_end; key0 += kKeyBlock) {
-      const int64_t keys = k_end - key0 < kKeyBlock ? k_end - key0 : kKeyBlock;
-      bool packed = false, k_finite = true;
-      for (int64_t block = t.q_begin; block < q_end; block += kQueryBlock) {
+      const Keys keys{b, h, key0, k_end - key0 < kKeyBlock ? k_end - key0 : kKeyBlock, key0 + kKeyBlock >= k_end};
+      int64_t block = next_block(scores, keys, t.q_begin, q_end);
+      if (block >= q_end) continue;
+      const bool k_finite = pack_keys(seq, keys);
+      while (block < q_end) {
         int64_t i = block, i_end = q_end - block < kQueryBlock ? q_end : block + kQueryBlock;
-        if (!scores.any_visible(i, i_end, key0, key0 + keys)) continue;
         // row tiles at either end that position alone hides
         while (scores.range.end(i + kTileRows - 1) <= key0) i += kTileRows;
-        while (i_end - kTileRows > i && scores.range.begin(i_end - kTileRows) >= key0 + keys) i_end -= kTileRows;
-        if (!packed) k_finite = pack_keys(seq, b, h, key0, keys);
-        packed = true;
+        int64_t tile = i + (i_end - i - 1) / kTileRows * kTileRows;
+        for (; tile > i && scores.range.begin(tile) >= key0 + keys.count; tile -= kTileRows) i_end = tile;
         const bool finite = k_finite && q_finite[(block - t.q_begin) / kQueryBlock];
-        run_block(t, scores, b, h, i, i_end - i, key0, keys, finite);
+        block = next_block(scores, keys, block + kQueryBlock, q_end);
+        run_block(t, seq, scores, keys, i, i_end - i, finite, last_head && block >= q_end);
       }
     }
-    if (t.want_dq) write(dq, q_columns, p.grad_q, b, h, seq.q_begin + t.q_begin, q_end - t.q_begin, p.D);
+    if (!t.want_dq) return;
+    for (int64_t i = 0; i < q_end - t.q_begin; i += kTileRows) {  // what later keys would have been added to
+      const int64_t rows = q_end - t.q_begin - i < kTileRows ? q_end - t.q_begin - i : kTileRows;
+      write(dq_progress[i / kTileRows], dq + i * q_columns, q_columns, p.grad_q, b, h, seq.q_begin + t.q_begin + i,
+            rows, rows, p.D);
+    }
+  }
+
+  // A block of keys and a query head.
+  struct Keys {
+    int64_t b, h, begin, count;
+    bool last;  // of the head
+  };
+
+  // The first block of queries from `block` on of which some may attend to some of the keys.
+  int64_t next_block(const Scores<Real>& scores, const Keys& keys, int64_t block, int64_t q_end) const {
+    while (block < q_end && !scores.any_visible(block, block + kQueryBlock < q_end ? block + kQueryBlock : q_end,
+                                                keys.begin, keys.begin + keys.count)) {
+      block += kQueryBlock;
+    }
+    return block;
   }
 
   // Rows that are read in place where they are groups as they stand, packed otherwise.
@@ -190,25 +218,25 @@ struct AttentionBackward {
     }
   }
 
-  bool pack_keys(const Sequence& seq, int64_t b, int64_t h, int64_t key0, int64_t keys) {
-    const int64_t kv_head = h / group;
-    const T* k = row_of<const T>(p.k, b, kv_head, seq.k_begin + key0);
-    const T* v = row_of<const T>(p.v, b, kv_head, seq.k_begin + key0);
-    const int64_t padded = round_up(keys, L);
-    pack_transposed<P>(k, p.k.stride[2], keys, padded, p.D, k_t);
-    pack_transposed<P>(v, p.v.stride[2], keys, padded, p.Dv, v_t);
+  bool pack_keys(const Sequence& seq, const Keys& keys) {
+    const T* k = row_of<const T>(p.k, keys.b, keys.h / group, seq.k_begin + keys.begin);
+    const T* v = row_of<const T>(p.v, keys.b, keys.h / group, seq.k_begin + keys.begin);
+    const int64_t padded = round_up(keys.count, L);
+    pack_transposed<P>(k, p.k.stride[2], keys.count, padded, p.D, k_t);
+    pack_transposed<P>(v, p.v.stride[2], keys.count, padded, p.Dv, v_t);
     Finite<P> finite;
-    pack_down_rows<P>(k, p.k.stride[2], keys, padded, p.D, k_down, finite);
+    pack_down_rows<P>(k, p.k.stride[2], keys.count, padded, p.D, k_down, finite);
     return finite.holds();
   }
 
   // One kQueryBlock x kKeyBlock block: the five products. What position alone hides from all rows, or all keys, of a
-  // register tile is left out of them.
-  void run_block(const AttentionTask& t, const Scores<Real>& scores, int64_t b, int64_t h, int64_t i, int64_t rows,
-                 int64_t key0, int64_t keys, bool finite) {
+  // register tile is left out of them. `last_rows`: no more is added to the gradients of these keys.
+  void run_block(const AttentionTask& t, const Sequence& seq, const Scores<Real>& scores, const Keys& block, int64_t i,
+                 int64_t rows, bool finite, bool last_rows) {
+    const int64_t b = block.b, h = block.h, key0 = block.begin, keys = block.count;
     const int64_t at = i - t.q_begin, padded = round_up(rows, P::kStep), width = round_up(keys, L);
     const KeyRange range = scores.range.from_key(key0);
-    Steps seen[kQueryBlock / kTileRows];  // keys of each row tile, in whole vectors
+    Steps seen[kQueryTiles];  // keys of each row tile, in whole vectors
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int64_t last = i + (r + kTileRows < rows ? r + kTileRows : rows) - 1, end = round_up(range.end(last), L);
       seen[r / kTileRows] = {range.begin(i + r) / L * L, end < width ? end : width};
@@ -239,34 +267,58 @@ struct AttentionBackward {
       if (r % P::kStep == P::kStep - 1 || r + 1 == rows) narrow(r / P::kStep * P::kStep, width);
     }
     if (t.want_dkv) {
-      const int64_t key = key0 - t.k_begin;
+      const int64_t key = key0 - t.k_begin, row_steps = padded / P::kStep;
       const auto rows_of = [&](int64_t j) TFORMER_LAMBDA {  // that see a key of the key tile from j
         const int64_t last = (j + kTileRows < keys ? j + kTileRows : keys) - 1;
         const int64_t first = range.query_begin(j) - i, end = range.query_end(last, i + rows) - i;
         return Steps{(first > 0 ? first : 0) / P::kStep, (end + P::kStep - 1) / P::kStep};
       };
-      const int64_t row_steps = padded / P::kStep;
+      uint8_t* progress = dkv_progress + 2 * key / kKeyBlock * kKeyTiles;
+      for (int64_t n = 0; n < 2 * kKeyTiles && last_rows; ++n) progress[n] |= kLast;
+      const Gradient d_value{
+          dv + key * v_columns, v_columns, progress, row_of<T>(p.grad_v, b, h / group, seq.k_begin + key0),
+          p.grad_v.stride[2],   p.Dv,      nullptr};
+      const Gradient d_key{dk + key * q_columns,
+                           q_columns,
+                           progress + kKeyTiles,
+                           row_of<T>(p.grad_k, b, h / group, seq.k_begin + key0),
+                           p.grad_k.stride[2],
+                           p.D,
+                           nullptr};
       multiply({p_down, 1, kKeyBlock, do_down + at / P::kStep * v_columns, v_columns, row_steps}, keys, v_columns,
-               {dv + key * v_columns, v_columns, true}, rows_of, finite, 1, kKeyBlock);
+               d_value, rows_of, finite, 1, kKeyBlock);
       multiply({ds_down, 1, kKeyBlock, q_down + at / P::kStep * q_columns, q_columns, row_steps}, keys, q_columns,
-               {dk + key * q_columns, q_columns, true}, rows_of, finite, 1, kKeyBlock);
+               d_key, rows_of, finite, 1, kKeyBlock);
     }
     if (t.want_dq) {
       const auto keys_of = [&](int64_t r) TFORMER_LAMBDA {
         return Steps{seen[r / kTileRows].begin / P::kStep, seen[r / kTileRows].end / P::kStep};
       };
-      multiply({ds_along, kKeyBlock / P::kStep, 1, k_down, q_columns, width / P::kStep}, rows, q_columns,
-               {dq + at * q_columns, q_columns, true}, keys_of, finite, kKeyBlock, 1);
+      uint8_t* progress = dq_progress + at / kTileRows;
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t last = i + (r + kTileRows < rows ? r + kTileRows : rows) - 1;
+        if (block.last || range.end(last) <= kKeyBlock) progress[r / kTileRows] |= kLast;
+      }
+      const Gradient d_query{dq + at * q_columns, q_columns, progress, row_of<T>(p.grad_q, b, h, seq.q_begin + i),
+                             p.grad_q.stride[2],  p.D,       nullptr};
+      multiply({ds_along, kKeyBlock / P::kStep, 1, k_down, q_columns, width / P::kStep}, rows, q_columns, d_query,
+               keys_of, finite, kKeyBlock, 1);
     }
   }
 
+  using Gradient = IntoRows<P, T>;
+
   template <class StepsOf>
-  void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, const IntoSums<P>& into, StepsOf&& steps_of,
+  void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Gradient& into, StepsOf&& steps_of,
                 bool finite, int64_t hidden_row, int64_t hidden_step) const {
     if (finite) {
       product<P>(m, rows, columns, into, steps_of);
     } else {
       product_without_hidden<P>(m, rows, columns, into, hidden, hidden_row, hidden_step);
+    }
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const Steps sum = steps_of(r);
+      into.advance(r, !finite || sum.begin < sum.end);
     }
   }
 
@@ -352,16 +404,28 @@ struct AttentionBackward {
   void write_dkv(const AttentionTask& t, int64_t b, int64_t kv_head, const Sequence& seq) const {
     const int64_t length = p.cu_seqlens_k ? seq.Sk : p.Sk;  // keys past key_lengths get zeros
     const int64_t k_end = t.k_end < length ? t.k_end : length;
-    if (t.k_begin >= k_end) return;
-    write(dk, q_columns, p.grad_k, b, kv_head, seq.k_begin + t.k_begin, k_end - t.k_begin, p.D);
-    write(dv, v_columns, p.grad_v, b, kv_head, seq.k_begin + t.k_begin, k_end - t.k_begin, p.Dv);
+    const int64_t seen_end = t.k_end < seq.Sk ? t.k_end : seq.Sk;
+    for (int64_t key0 = t.k_begin; key0 < k_end; key0 += kKeyBlock) {
+      for (int64_t j = 0; j < kKeyBlock && key0 + j < k_end; j += kTileRows) {
+        const int64_t key = key0 - t.k_begin + j, in_block = kKeyBlock - j < kTileRows ? kKeyBlock - j : kTileRows;
+        const int64_t rows = k_end - key0 - j < in_block ? k_end - key0 - j : in_block, seen = seen_end - key0 - j;
+        const uint8_t* progress = dkv_progress + 2 * (key0 - t.k_begin) / kKeyBlock * kKeyTiles + j / kTileRows;
+        write(progress[0], dv + key * v_columns, v_columns, p.grad_v, b, kv_head, seq.k_begin + key0 + j, rows, seen,
+              p.Dv);
+        write(progress[kKeyTiles], dk + key * q_columns, q_columns, p.grad_k, b, kv_head, seq.k_begin + key0 + j, rows,
+              seen, p.D);
+      }
+    }
   }
 
-  void write(const Real* from, int64_t columns, const Rows& to, int64_t b, int64_t h, int64_t row, int64_t count,
-             int64_t width) const {
-    for (int64_t i = 0; i < count; ++i) {
-      T* out = row_of<T>(to, b, h, row + i);
-      store_row<Real>(out, width, [&](int64_t d) TFORMER_LAMBDA { return load(from + i * columns + d); });
+  // What products have not written of the row tile from `row`: sums, or zeros where there are none or from row `seen` on.
+  void write(uint8_t progress, const Real* sums, int64_t columns, const Rows& to, int64_t b, int64_t h, int64_t row,
+             int64_t rows, int64_t seen, int64_t width) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool zeros = i >= seen || progress == kNothing;
+      if (progress == kWritten && !zeros) continue;
+      store_row<Real>(row_of<T>(to, b, h, row + i), width,
+                      [&](int64_t d) TFORMER_LAMBDA { return zeros ? Vec<Real>{} : load(sums + i * columns + d); });
     }
   }
 };

@@ -364,7 +364,7 @@ struct AttentionForward {
   }
 
   // Adds the weighted values to the tile's sums; or, where `results` are asked for, writes all of the sums there.
-  void multiply_values(const Tile& tile, const Span& span, bool finite, Results* results) const {
+  void multiply_values(const Tile& tile, const Span& span, bool finite, const Results* results) const {
     constexpr int64_t kSumPanels = 256 / kPanel<P>;  // keys in one running sum
     const int64_t last = panels(span.end);
     for (int64_t n = span.begin / kPanel<P>; n < last;) {
@@ -379,7 +379,7 @@ struct AttentionForward {
         if (!finite) {
           product_without_hidden<P>(m, tile.rows, out_columns, sums, hidden + j, range_keys, 1);
         } else if (results && run == last) {
-          if (tile.state.empty) results->c = nullptr;
+          *results->progress = tile.state.empty ? kLast : kLast | kSums;
           product<P>(m, tile.rows, out_columns, *results);
         } else {
           product<P>(m, tile.rows, out_columns, sums);
@@ -423,12 +423,13 @@ struct AttentionForward {
       row_m[at + r] = m[r], row_l[at + r] = l[r];
     }
     T* rows = row_of<T>(p.o, tile.b, tile.h, s.q_begin + tile.i);
-    Results results{tile.o, out_columns, factor, rows, tile.rows_are_heads ? p.o.stride[1] : p.o.stride[2], p.Dv};
+    uint8_t progress;
+    const int64_t row = tile.rows_are_heads ? p.o.stride[1] : p.o.stride[2];
+    const Results results{tile.o, out_columns, &progress, rows, row, p.Dv, factor};
     const bool direct = finite && span.begin < span.end;
     multiply_values(tile, span, finite, direct ? &results : nullptr);
     if (direct) return;
-    for (int64_t r = 0; r < tile.rows; ++r)
-      write_row(rows + r * results.row, tile.o + r * out_columns, l[r], factor[r]);
+    for (int64_t r = 0; r < tile.rows; ++r) write_row(rows + r * row, tile.o + r * out_columns, l[r], factor[r]);
   }
 
   // What the sums of a row are multiplied with in the end; m and l get the sink. 0 if the row saw no key.

@@ -119,7 +119,7 @@ struct IntoSums {
   Real* c;
   int64_t c_row;
   bool accumulate;
-  bool wants_nothing() const { return accumulate; }  // of a tile without steps
+  bool wants_empty(int64_t) const { return !accumulate; }  // the row tile from r, of a product without steps
 
   template <int kColumns>
   TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
@@ -129,26 +129,43 @@ struct IntoSums {
   }
 };
 
-// Where they go: into rows in memory, with what has been summed in C before (unless that is null) and times a factor
-// for each row, narrowed.
+// How far the sums of a row tile have come: whether C holds some; whether the next product is the last one.
+constexpr uint8_t kNothing = 0, kSums = 1, kLast = 2, kWritten = 4;
+
+// Where they go: those of row tiles that have come to the last product into rows in memory, times a factor for each
+// row (or none), narrowed; the others into C.
 template <class P, class T>
 struct IntoRows {
   using Real = typename P::Real;
   static constexpr int L = kLanes<Real>;
-  const Real* c;
+  Real* c;
   int64_t c_row;
-  const Real* factors;
+  uint8_t* progress;  // of each row tile
   T* rows;
   int64_t row, width;
-  bool wants_nothing() const { return false; }
+  const Real* factors;
+  bool wants_empty(int64_t r) const { return progress[r / kTileRows] & kLast; }
+  // After the product: a row tile with or without steps.
+  void advance(int64_t r, bool steps) const {
+    uint8_t& p = progress[r / kTileRows];
+    p = p & kLast ? kWritten : (steps ? kSums : p);
+  }
 
   template <int kColumns>
   TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
-    const Vec<Real> factor = splat(factors[r]);
+    const uint8_t have = progress[r / kTileRows];
+    Real* sum = c + r * c_row + column;
     Vec<Real> x[kColumns];
 #pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) {
-      x[n] = (c ? load(c + r * c_row + column + n * L) + sums[n] : sums[n]) * factor;
+    for (int n = 0; n < kColumns; ++n) x[n] = have & kSums ? load(sum + n * L) + sums[n] : sums[n];
+    if (!(have & kLast)) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) store(sum + n * L, x[n]);
+      return;
+    }
+    if (factors) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) x[n] *= factors[r];
     }
     T* to = rows + r * row + column;
     if (const int64_t left = width - column; left >= kColumns * L) {
@@ -224,7 +241,7 @@ void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const I
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const Steps sum = steps_of(r);
       const int64_t steps = sum.begin < sum.end ? sum.end - sum.begin : 0;
-      if (steps == 0 && into.wants_nothing()) continue;
+      if (steps == 0 && !into.wants_empty(r)) continue;
       register_tile_rows<P>(rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>(last - first), m, into,
                             m.a + r * m.a_row + sum.begin * m.a_step, m.b + first * L + sum.begin * m.b_step, steps, r,
                             first * L);
@@ -239,8 +256,8 @@ void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const I
 
 // The same product with the terms left out that `hidden` marks: hidden[r * hidden_row + k * hidden_step], k counting
 // elements. Taken only where B holds inf or NaN, which a weight of zero would turn into NaN. Same order of sums.
-template <class P>
-void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t columns, const IntoSums<P>& into,
+template <class P, class Into>
+void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Into& into,
                             const uint8_t* hidden, int64_t hidden_row, int64_t hidden_step) {
   using Real = typename P::Real;
   using Group = typename P::Group;
