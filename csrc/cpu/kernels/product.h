@@ -121,11 +121,21 @@ struct IntoSums {
   bool accumulate;
   bool wants_empty(int64_t) const { return !accumulate; }  // the row tile from r, of a product without steps
 
-  template <int kColumns>
-  TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
+  template <int kRows, int kColumns>
+  TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kRows][kColumns]) const {
     Real* to = c + r * c_row + column;
+    const int64_t row = c_row;
+    const bool add = accumulate;  // copies: a store could change the members
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i, to += row) {
+      if (add) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) store(to + n * L, accumulate ? load(to + n * L) + sums[n] : sums[n]);
+        for (int n = 0; n < kColumns; ++n) store(to + n * L, load(to + n * L) + sums[i][n]);
+      } else {
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; ++n) store(to + n * L, sums[i][n]);
+      }
+    }
   }
 };
 
@@ -151,8 +161,15 @@ struct IntoRows {
     p = p & kLast ? kWritten : (steps ? kSums : p);
   }
 
+  template <int kRows, int kColumns>
+  TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kRows][kColumns]) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) take_row(r + i, column, sums[i]);
+  }
+
+ private:
   template <int kColumns>
-  TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
+  TFORMER_INLINE void take_row(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
     const uint8_t have = progress[r / kTileRows];
     Real* sum = c + r * c_row + column;
     Vec<Real> x[kColumns];
@@ -190,8 +207,7 @@ __attribute__((noinline)) void register_tile(const ProductOperands<P>& m, const 
                                              const Into& into) {
   Vec<typename P::Real> acc[kRows][kColumns];
   multiply_tile<P>(m, a, b, steps, acc);
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) into(r + i, column, acc[i]);
+  into(r, column, acc);
 }
 
 template <class P, int kRows, class Into, class... Place>
@@ -264,14 +280,14 @@ void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t c
   constexpr int L = kLanes<Real>;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t n = 0; n < columns; n += L) {
-      Vec<Real> acc[1] = {};
+      Vec<Real> acc[1][1] = {};
       for (int64_t k = 0; k < m.steps; ++k) {
         Group a;
         std::memcpy(&a, m.a + r * m.a_row + k * m.a_step, sizeof(a));
         const auto b = load(m.b + k * m.b_step + n);
         for (int i = 0; i < P::kStep; ++i) {
           if (!hidden[r * hidden_row + (k * P::kStep + i) * hidden_step]) {
-            acc[0] = P::element(a, i) * P::elements(b, i) + acc[0];
+            acc[0][0] = P::element(a, i) * P::elements(b, i) + acc[0][0];
           }
         }
       }
