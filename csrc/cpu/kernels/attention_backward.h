@@ -418,7 +418,7 @@ struct AttentionBackward {
     }
   }
 
-  // What products have not written of the row tile from `row`: sums, or zeros where there are none or from row `seen` on.
+  // What products have not written of the row tile from `row`: sums; zeros where there are none, or from row `seen` on.
   void write(uint8_t progress, const Real* sums, int64_t columns, const Rows& to, int64_t b, int64_t h, int64_t row,
              int64_t rows, int64_t seen, int64_t width) const {
     for (int64_t i = 0; i < rows; ++i) {
