@@ -114,6 +114,25 @@ def test_dead_rows_are_zero_with_zero_gradients(kernels):
         assert grads[1][:, :, 64:].eq(0).all() and grads[2][:, :, 64:].eq(0).all()
 
 
+@pytest.mark.parametrize("value", [1.0, torch.inf])  # all finite, or not
+def test_gradients_where_a_mask_hides_what_would_have_come_last(value, attention_kernels):
+    """Blocks of keys and queries that only some heads of a group see; gradients wait for them in vain."""
+    shapes = [(1, 4, 200, 20), (1, 2, 200, 20), (1, 2, 200, 20)]
+    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    mask = torch.ones(4, 200, 200, dtype=torch.bool)
+    mask[1, :, 64:] = False  # keys, from the last head of a group
+    mask[2, 96:, 128:192] = False
+    mask[:, :, 192:] = False
+    with torch.no_grad():
+        leaves[2][0, 0, 195, 3] = value  # hidden
+    cotangent = torch.randn(1, 4, 200, 20, dtype=torch.float64)
+    for options in ({"mask": mask}, {"mask": mask, "causal": True}, {"mask": mask, "window": (70, 30)}):
+        actual = torch.autograd.grad(F.attention(*leaves, **options), leaves, cotangent)
+        expected = torch.autograd.grad(reference.attention(*leaves, **options), leaves, cotangent)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
