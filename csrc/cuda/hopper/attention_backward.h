@@ -407,7 +407,7 @@ struct HopperBackward {
   TFORMER_DEVICE void finish(float (&dk)[2][kWidth / 4], float (&dv)[2][kWidth / 4]) const {
     const int length = call.packed ? job.Sk : static_cast<int>(p.Sk);  // keys past key_lengths get zeros
     const int first = first_row(), row0 = job.j0 + first;
-    multiply_all_by(dk);
+    gpu::multiply_all(dk, static_cast<float>(p.scale));
     const unsigned suspects = suspect_rows<P>(dk) | suspect_rows<P>(dv);
     sync_threads_of(kMultiplyBarrier, kGroups * kWarpgroup);  // products of all warps have read keys and values
     P::put(dk, at.k, first);
@@ -422,9 +422,6 @@ struct HopperBackward {
         redo_grad_key<T, true, true, true>(p, Positions(job.sequence()), job.b, job.kv_head, job.group_size, row0 + n);
       }
     }
-  }
-  TFORMER_DEVICE void multiply_all_by(float (&dk)[2][kWidth / 4]) const {
-    gpu::multiply_all(dk, static_cast<float>(p.scale));
   }
 };
 
