@@ -62,6 +62,19 @@ TFORMER_DEVICE float* out_at(const MappedBuffers& p, int r, int c) {
   return static_cast<float*>(p.out) + row * kN + column;
 }
 
+// d, when its product is made, to out.
+template <int kN>
+TFORMER_DEVICE void finish_product(const MappedBuffers& p, float (&d)[2][kN / 4]) {
+  wgmma_commit();
+  wgmma_wait<0>();
+  hold(d);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int c = 0; c < kN / 4; ++c) *out_at<kN>(p, r, c) = d[r][c];
+  }
+}
+
 // out (64, kN) float += in (64, 64) more (kN, 64) transposed; without the sum before where n is 1. Both in one box.
 template <class T, int kN>
 struct MultiplyShared {
@@ -84,14 +97,7 @@ struct MultiplyShared {
       Wgmma<T, kN>::shared(d, matrix_descriptor(at.a + 32 * k, 16, 1024), matrix_descriptor(at.b + 32 * k, 16, 1024),
                            k > 0 || p.n != 1);
     }
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(d);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int c = 0; c < kN / 4; ++c) *out_at<kN>(p, r, c) = d[r][c];
-    }
+    finish_product<kN>(p, d);
   }
 };
 
@@ -114,14 +120,7 @@ struct MultiplyAcross {
       const int from = 16 * k * kBoxRowBytes;
       Wgmma<T, kN>::across(d, advance(a, from), advance(b, from), k > 0);
     }
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(d);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int c = 0; c < kN / 4; ++c) *out_at<kN>(p, r, c) = d[r][c];
-    }
+    finish_product<kN>(p, d);
   }
 };
 
@@ -191,15 +190,8 @@ struct MultiplyRegisters {
         Wgmma<T, kN>::template registers<kN / 4>(d, a[k], right, k > 0);
       }
     }
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(d);
+    finish_product<kColumns>(p, d);
     hold(a);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int c = 0; c < kColumns / 4; ++c) *out_at<kColumns>(p, r, c) = d[r][c];
-    }
   }
 };
 
