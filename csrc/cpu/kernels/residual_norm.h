@@ -21,8 +21,7 @@ struct ResidualNorm {
   const NormParams& p;
   const Dropout dropout;
   const int64_t whole;  // columns in whole vectors
-  Real* row[2];         // forward: one that is written, and the next; backward: the gradients of weight and bias
-                        // of a few rows
+  Real* row[2];         // forward: h of the row at work; backward: the gradients of weight and bias of a few rows
   Real* total[2];       // those of all rows of the chunk so far
   Real* parameter[2];   // weight and bias, where they cannot be read in place
   Real* keep;           // the factors of dropout of the 64 columns at work
@@ -47,18 +46,24 @@ struct ResidualNorm {
     bias = prepared(p.bias, p.bias_dtype, -Real(0), parameter[1]);  // x + -0 is x, also if that is -0
     Reading reading = begin_reading(begin);
     each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA { read_block(reading, count, c, n); });
-    for (int64_t i = begin; i < end; ++i) {
-      const Writing writing = begin_writing(i, reading);
-      if (i + 1 == end) {
-        each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA { write_block(writing, count, c, n); });
-      } else {  // one row is written while the next is read, so that memory is never left waiting for arithmetic
-        reading = begin_reading(i + 1);
-        each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
-          read_block(reading, count, c, n);
-          write_block(writing, count, c, n);
-        });
-      }
+    for (int64_t i = begin + 1; i < end; ++i) {
+      // One row is written while the next is read, so that memory is never left waiting for arithmetic, and read into
+      // the place of what is written: weight, bias and a second row of some thousand columns do not fit in L1.
+      const Writing writing = begin_writing(i - 1, reading);
+      reading = begin_reading(i);
+      each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
+        Vec<Real> h[count];
+        for (int u = 0; u < count; ++u) h[u] = load(reading.row + c + u * L);
+        read_block(reading, count, c, n);
+        write_block(writing, c, n, h);
+      });
     }
+    const Writing writing = begin_writing(end - 1, reading);
+    each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
+      Vec<Real> h[count];
+      for (int u = 0; u < count; ++u) h[u] = load(reading.row + c + u * L);
+      write_block(writing, c, n, h);
+    });
     if (p.around_cache) stream_fence();
   }
 
@@ -268,8 +273,7 @@ struct ResidualNorm {
     Vec<Real> total[kBlock];
   };
   TFORMER_INLINE Reading begin_reading(int64_t i) const {
-    return {i, at<T>(p.x, i, p.x_stride), at<R>(p.residual, i, p.residual_stride), at<R>(p.sum, i, p.N), row[i % 2],
-            {}};
+    return {i, at<T>(p.x, i, p.x_stride), at<R>(p.residual, i, p.residual_stride), at<R>(p.sum, i, p.N), row[0], {}};
   }
   template <class Count>
   TFORMER_INLINE void read_block(Reading& to, Count count, int64_t c, int64_t n) const {
@@ -289,10 +293,9 @@ struct ResidualNorm {
     }
   }
 
-  // y of a row that has been read, a block at a time.
+  // y of a row that has been read, from its h a block at a time.
   struct Writing {
     T* y;
-    const Real* row;
     Real mean, rstd;
   };
   TFORMER_INLINE Writing begin_writing(int64_t i, const Reading& from) const {
@@ -300,15 +303,15 @@ struct ResidualNorm {
     const Real rstd = static_cast<Real>(1.0 / __builtin_sqrt(m.variance + p.eps));
     if (p.mean) static_cast<Real*>(p.mean)[i] = m.mean;
     if (p.rstd) static_cast<Real*>(p.rstd)[i] = rstd;
-    return {at<T>(p.y, i, p.N), from.row, m.mean, rstd};
+    return {at<T>(p.y, i, p.N), m.mean, rstd};
   }
-  template <class Count>
-  TFORMER_INLINE void write_block(const Writing& from, Count count, int64_t c, int64_t n) const {
-    Vec<Real> h[count], w[count], b[count];
+  template <int kCount>
+  TFORMER_INLINE void write_block(const Writing& to, int64_t c, int64_t n, Vec<Real> (&h)[kCount]) const {
+    Vec<Real> w[kCount], b[kCount];
     read(weight + c, n, w);
     read(bias + c, n, b);
-    for (int u = 0; u < count; ++u) h[u] = (load(from.row + c + u * L) - from.mean) * from.rstd * w[u] + b[u];
-    write(from.y + c, n, h);
+    for (int u = 0; u < kCount; ++u) h[u] = (h[u] - to.mean) * to.rstd * w[u] + b[u];
+    write(to.y + c, n, h);
   }
 
   // xhat = (h - mean) rstd, g = weight dy: dh = rstd (g - mean(g) - xhat mean(g xhat)); mean(g) is absent for RMS.
