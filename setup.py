@@ -189,7 +189,9 @@ class Build(cpp_extension.BuildExtension):
 
     def build_extension(self, ext):
         isas = isa_flags()
-        debug = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"] if self.sanitizers else []
+        # -O1 alone does not fuse multiply-adds, and tests would hold the results to the errors of those
+        quick = ["-O1", "-fexpensive-optimizations"]
+        debug = [*quick, "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"] if self.sanitizers else []
         debug += [f"-fsanitize={name}" for name in self.sanitizers]  # the last of two contradicting flags wins
         host_flags = [*COMMON_FLAGS, "-O2", *TORCH_MACROS, *system_include_flags(), *debug]
         host_flags.append(f"-DTFORMER_FOR_EACH_ISA(X)={' '.join(f'X({isa})' for isa in isas)}")
