@@ -176,3 +176,23 @@ def test_large_scores_do_not_overflow(attention_kernels):
         out = F.attention(q * 100, k, v, scale=10.0)
         golden = reference.attention((q * 100).double(), k.double(), v.double(), scale=10.0)
         assert_close(out, golden, reference.attention(q * 100, k, v, scale=10.0))
+
+
+@pytest.mark.parametrize("width", [3, 64])
+@pytest.mark.parametrize(
+    "queries, keys, keywords",
+    [
+        (20, 2200, {}),  # several ranges of keys, of many panels, and a last tile of two rows
+        (200, 200, {"causal": True}),
+        (200, 150, {"window": (10, 0)}),  # rows that see keys before rows that see none
+        (40, 50, {}),  # one panel
+    ],
+)
+def test_weights_that_wait_for_the_next_product(queries, keys, keywords, width, attention_kernels):
+    """Scores grow along the keys, now and then by more than the softmax lets pass without a new maximum."""
+    for dtype in DTYPES[1:]:
+        q, k, v = (torch.randn(2, 2, n, width) for n in (queries, keys, keys))
+        k *= 1 + torch.arange(keys)[:, None] // 64 % 7 * 4
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        golden = reference.attention(q.double(), k.double(), v.double(), **keywords)
+        assert_close(F.attention(q, k, v, **keywords), golden, reference.attention(q, k, v, **keywords))

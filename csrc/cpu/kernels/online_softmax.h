@@ -74,8 +74,8 @@ struct OnlineSoftmax {
     Real begin[kTileRows], end[kTileRows];
   };
 
-  // The scores of a register tile of keys, that become weights of `state` only beside the next product: an exponential
-  // takes forty cycles, in which nothing else is left to do behind a product.
+  // The scores of a register tile of keys, which become weights of `state` beside the next product: right behind their
+  // own nothing else is left to do in the forty cycles that an exponential takes.
   struct Waiting {
     OnlineSoftmax* state = nullptr;
     int64_t rows = 0, columns = 0;  // of vectors; no rows: nothing waits
@@ -105,7 +105,7 @@ struct OnlineSoftmax {
     }
   };
 
-  // Register tiles of four vectors leave registers for this.
+  // Where register tiles are two vectors wide there are no registers for that.
   static constexpr bool kScoresTiles = kTileColumns == 4;
 
   // The scores of a register tile of 1 to kTileRows rows and 1 to kTileColumns vectors of keys; those that wait become
