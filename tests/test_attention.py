@@ -188,7 +188,7 @@ def test_large_scores_do_not_overflow(attention_kernels):
         (40, 50, {}),  # one panel
     ],
 )
-def test_weights_that_wait_for_the_next_product(queries, keys, keywords, width, attention_kernels):
+def test_scores_that_rise_along_many_panels(queries, keys, keywords, width, attention_kernels):
     """Scores grow along the keys, now and then by more than the softmax lets pass without a new maximum."""
     for dtype in DTYPES[1:]:
         q, k, v = (torch.randn(2, 2, n, width) for n in (queries, keys, keys))

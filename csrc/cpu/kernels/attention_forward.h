@@ -29,7 +29,6 @@ struct AttentionForward {
   using Real = typename P::Real;
   using Group = typename P::Group;
   using State = OnlineSoftmax<T>;
-  using Waiting = typename State::Waiting;
   static constexpr int L = kLanes<Real>;
 
   const AttentionParams& p;
@@ -39,7 +38,6 @@ struct AttentionForward {
   Real *scores, *out;
   Real *row_m, *row_l;  // of the rows of a head, whose logarithms are taken together
   State* state;
-  Waiting* waiting;
   uint8_t *live, *hidden;
   size_t bytes;
 
@@ -62,13 +60,11 @@ struct AttentionForward {
     out = scratch.take<Real>(tiles * kTileRows * out_columns);
     row_m = scratch.take<Real>(round_up(t.q_end - t.q_begin, L));
     row_l = scratch.take<Real>(round_up(t.q_end - t.q_begin, L));
-    state = scratch.take<State>(several_ranges ? tiles : 2);  // of the tile at work and the unfinished one
-    waiting = scratch.take<Waiting>(1);
+    state = scratch.take<State>(tiles);
     bytes = scratch.used();
   }
 
   void run(const AttentionTask& t) {
-    waiting->rows = 0;
     for (int64_t b = t.b_begin; b < t.b_end; ++b) {
       const Sequence s = sequence_of(p, b);
       for (int64_t h = t.h_begin; h < t.h_end; h += group) {
@@ -149,30 +145,24 @@ struct AttentionForward {
       Finite<P> finite;
       pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values, finite);
       last = key0 + range_keys >= seen_end;
-      int64_t tile = 0, parity = 0;
+      int64_t tile = 0;
       // one query of each head, and nothing that differs between heads: they are the rows of a tile
       const bool rows_are_heads = p.part_keys && p.Sq == 1 && Scores<Real>(p, s, b, h_begin).plain && p.dropout_p == 0;
       for (int64_t h = h_begin; h < h_begin + group; h += rows_are_heads ? kTileRows : 1) {
         const Scores<Real> row_scores(p, s, b, h);
-        for (int64_t i = t.q_begin; i < q_end; i += kTileRows, tile += several_ranges, parity ^= 1) {
+        for (int64_t i = t.q_begin; i < q_end; i += kTileRows, tile += several_ranges) {
           const int64_t rows = clamp(rows_are_heads ? h_begin + group - h : q_end - i, 1, kTileRows);
-          const Tile at{b,
-                        h,
-                        i,
-                        rows,
-                        rows_are_heads,
-                        out + tile * kTileRows * out_columns,
-                        state + (several_ranges ? tile : parity)};
+          const Tile at{b, h, i, rows, rows_are_heads, out + tile * kTileRows * out_columns, state[tile]};
           if (i + kTileRows < q_end) prefetch_queries(s, b, h, i + kTileRows, q_end);
-          if (first) at.state->start();
+          if (first) at.state.start();
           const Span weighed = weigh_range(row_scores, s, at, key0, padded, finite.holds(), next);
-          finish();
-          unfinished = {true,           &s,  at, weighed, row_scores.pending_scale(), i - t.q_begin, t.k_begin,
-                        finite.holds(), last};
-          if (panels(padded) == 1) finish();  // it would wait for a product as short as what it is to hide
+          if (!last) {
+            multiply_values(at, weighed, finite.holds(), nullptr);
+          } else {
+            finish_tile(s, at, weighed, finite.holds(), row_scores.pending_scale(), i - t.q_begin, t.k_begin);
+          }
           next.fetch();
         }
-        finish();
         if (last && !p.part_keys) write_lse(s, b, h, t.q_begin, q_end - t.q_begin);
       }
     }
@@ -183,7 +173,7 @@ struct AttentionForward {
     int64_t b, h, i, rows;
     bool rows_are_heads;
     Real* o;
-    State* state;
+    State& state;
 
     int64_t head(int64_t r) const { return rows_are_heads ? h + r : h; }
     int64_t query(int64_t r) const { return rows_are_heads ? i : i + r; }
@@ -201,38 +191,10 @@ struct AttentionForward {
     int64_t begin, end;
   };
 
-  // A tile that has its weights, but for those that wait. The rest follows after the first product of the next tile.
-  struct Unfinished {
-    bool exists;
-    const Sequence* s;
-    Tile tile;
-    Span span;
-    Real scale;
-    int64_t at, k_begin;
-    bool finite, last;
-  };
-  Unfinished unfinished = {};
-
-  TFORMER_INLINE void finish() {
-    if (unfinished.exists) finish_range();
-  }
-  __attribute__((noinline)) void finish_range() {
-    const Unfinished& u = unfinished;
-    unfinished.exists = false;
-    waiting->weigh();
-    if (!u.last) {
-      multiply_values(u.tile, u.span, u.finite, nullptr);
-    } else {
-      finish_tile(*u.s, u.tile, u.span, u.finite, u.scale, u.at, u.k_begin);
-    }
-  }
-
   // The weights of one row tile and the keys [key0, key0 + padded); of which keys there are any.
   Span weigh_range(const Scores<Real>& row_scores, const Sequence& s, const Tile& tile, int64_t key0, int64_t padded,
                    bool finite, Upcoming<T>& next) {
     const KeyRange& range = row_scores.range;
-    const bool straight = State::kScoresTiles && row_scores.plain && finite && p.dropout_p == 0;
-    if (!straight) finish();
     // what some row of the tile sees by position, and what all of them see
     const int64_t seen = clamp(range.begin(tile.i) - key0, 0, padded);
     const int64_t seen_end = clamp(range.end(tile.last_query()) - key0, 0, padded);
@@ -251,7 +213,7 @@ struct AttentionForward {
     }
     Real rescale[kTileRows];
     for (int64_t r = 0; r < tile.rows; ++r) rescale[r] = 1;
-    if (straight) {
+    if (kTileColumns == 4 && row_scores.plain && finite && p.dropout_p == 0) {
       const int64_t all = range.begin(tile.last_query()) - key0, all_end = range.end(tile.i) - key0;
       for (int64_t j = begin; j < end; j += kPanel<P>) {
         const int64_t to = j + kPanel<P> < end ? j + kPanel<P> : end;
@@ -265,13 +227,7 @@ struct AttentionForward {
             bounds.end[r] = static_cast<Real>(range.end(tile.query(r)) - key0 - j);
           }
         }
-        const bool scored = tile.state->score(tile.rows, (to - j) / L, q_k, keys + j * groups, edge ? &bounds : nullptr,
-                                              row_scores.pending_scale(), *waiting);
-        finish();
-        if (scored) {
-          tile.state->wait(*waiting, tile.rows, (to - j) / L, row_scores.pending_scale(), weights + j / P::kStep,
-                           range_keys / P::kStep);
-        } else {
+        if (!weigh_panel(tile, q_k, edge ? &bounds : nullptr, j, to, row_scores.pending_scale())) {
           add_keys(row_scores, tile, q_k, key0, begin, j, to, finite, rescale);
         }
         if (fetches-- > 0) next.fetch();
@@ -281,7 +237,7 @@ struct AttentionForward {
     }
     for (; fetches > 1; --fetches) next.fetch();
     for (int64_t r = 0; r < tile.rows; ++r) {
-      if (!tile.state->empty && rescale[r] != 1) scale_row(tile.o + r * out_columns, rescale[r]);
+      if (!tile.state.empty && rescale[r] != 1) scale_row(tile.o + r * out_columns, rescale[r]);
     }
     return {begin, end};
   }
@@ -319,6 +275,46 @@ struct AttentionForward {
     return m;
   }
 
+  // The weights of keys [j, to) of the range, at most one panel, without scores in memory; false where that is no way.
+  bool weigh_panel(const Tile& tile, const Product& m, const typename State::Bounds* seen, int64_t j, int64_t to,
+                   Real scale) const {
+    if constexpr (kTileColumns == 4) {
+      switch ((to - j) / L) {
+        case 1:
+          return weigh_columns<1>(tile, m, seen, j, scale);
+        case 2:
+          return weigh_columns<2>(tile, m, seen, j, scale);
+        case 3:
+          return weigh_columns<3>(tile, m, seen, j, scale);
+        default:
+          return weigh_columns<4>(tile, m, seen, j, scale);
+      }
+    }
+    return false;
+  }
+
+  template <int kColumns>
+  bool weigh_columns(const Tile& tile, const Product& m, const typename State::Bounds* seen, int64_t j,
+                     Real scale) const {
+    const Group* panel = keys + j * groups;
+    Group* w = weights + j / P::kStep;
+    const int64_t w_row = range_keys / P::kStep;
+    switch (tile.rows) {
+      case 1:
+        return tile.state.template weigh_tile<1, kColumns>(m, panel, seen, scale, w, w_row);
+      case 2:
+        return tile.state.template weigh_tile<2, kColumns>(m, panel, seen, scale, w, w_row);
+      case 3:
+        return tile.state.template weigh_tile<3, kColumns>(m, panel, seen, scale, w, w_row);
+      case 4:
+        return tile.state.template weigh_tile<4, kColumns>(m, panel, seen, scale, w, w_row);
+      case 5:
+        return tile.state.template weigh_tile<5, kColumns>(m, panel, seen, scale, w, w_row);
+      default:
+        return tile.state.template weigh_tile<kTileRows, kColumns>(m, panel, seen, scale, w, w_row);
+    }
+  }
+
   // Keys [from, to) of the range by way of the scores in memory; those from `begin` on already have weights.
   void add_keys(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, int64_t key0, int64_t begin,
                 int64_t from, int64_t to, bool finite, Real* rescale) {
@@ -335,7 +331,7 @@ struct AttentionForward {
       }
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const Real factor = tile.state->raise(r, top[r], scale);
+      const Real factor = tile.state.raise(r, top[r], scale);
       if (factor == 1) continue;
       rescale[r] *= factor;
       Group* w = weights + r * range_keys / P::kStep;
@@ -344,7 +340,7 @@ struct AttentionForward {
     for (int64_t r = 0; r < tile.rows; ++r) {
       Real* row = scores + r * range_keys + from;
       Group* row_weights = weights + (r * range_keys + from) / P::kStep;
-      tile.state->weigh(r, row, n, scale, p.dropout_p > 0 ? nullptr : row_weights);
+      tile.state.weigh(r, row, n, scale, p.dropout_p > 0 ? nullptr : row_weights);
       if (p.dropout_p > 0) {
         drop_row(row, tile.b, tile.head(r), tile.query(r), key0 + from, n);
         narrow_along_row<P>(row, n, row_weights);
@@ -379,16 +375,16 @@ struct AttentionForward {
         const Product m{
             weights + j / P::kStep, range_keys / P::kStep, 1, values + j / P::kStep * out_columns, out_columns,
             (stop - j) / P::kStep};
-        const IntoSums<P> sums{tile.o, out_columns, !tile.state->empty};
+        const IntoSums<P> sums{tile.o, out_columns, !tile.state.empty};
         if (!finite) {
           product_without_hidden<P>(m, tile.rows, out_columns, sums, hidden + j, range_keys, 1);
         } else if (results && run == last) {
-          *results->progress = tile.state->empty ? kLast : kLast | kSums;
+          *results->progress = tile.state.empty ? kLast : kLast | kSums;
           product<P>(m, tile.rows, out_columns, *results);
         } else {
           product<P>(m, tile.rows, out_columns, sums);
         }
-        tile.state->empty = false;
+        tile.state.empty = false;
       }
       n = run;
     }
@@ -413,12 +409,12 @@ struct AttentionForward {
   void finish_tile(const Sequence& s, const Tile& tile, const Span& span, bool finite, Real scale, int64_t at,
                    int64_t k_begin) const {
     Real m[kTileRows], l[kTileRows], factor[kTileRows];
-    for (int64_t r = 0; r < tile.rows; ++r) m[r] = tile.state->m[r] * scale, l[r] = sum_lanes<Real>(tile.state->l[r]);
+    for (int64_t r = 0; r < tile.rows; ++r) m[r] = tile.state.m[r] * scale, l[r] = sum_lanes<Real>(tile.state.l[r]);
     if (p.part_keys) {
       multiply_values(tile, span, finite, nullptr);
       for (int64_t r = 0; r < tile.rows; ++r) {
         write_part(part_of(k_begin / p.part_keys, tile.b, tile.head(r), tile.query(r)),
-                   tile.state->empty ? nullptr : tile.o + r * out_columns, m[r], l[r]);
+                   tile.state.empty ? nullptr : tile.o + r * out_columns, m[r], l[r]);
       }
       return;
     }

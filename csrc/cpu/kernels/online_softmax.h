@@ -74,78 +74,14 @@ struct OnlineSoftmax {
     Real begin[kTileRows], end[kTileRows];
   };
 
-  // The scores of a register tile of keys, which become weights of `state` beside the next product: right behind their
-  // own nothing else is left to do in the forty cycles that an exponential takes.
-  struct Waiting {
-    OnlineSoftmax* state = nullptr;
-    int64_t rows = 0, columns = 0;  // of vectors; no rows: nothing waits
-    Real to_exp2 = 0;
-    Group* weights = nullptr;
-    int64_t weights_row = 0;
-    alignas(64) Real scores[kTileRows][kTileColumns * L];
-
-    TFORMER_INLINE void weigh_row(int64_t r) const {
-      // the compiler would keep the coefficients in registers, which are all taken
-      const auto* coefficients = &exp2_coefficients<Real, T>();
-      asm("" : "+r"(coefficients));
-      const Real shift = state->shift_of(r);
-      const Real* s = scores[r];
-      Group* w = weights + r * weights_row;
-      Vec<Real> sum{};
-      for (int64_t n = 0; n < columns; ++n, s += L, w += L / P::kStep) {
-        const Vec<Real> x = exp2_with<Real>((load(s) - shift) * to_exp2, *coefficients);
-        P::store_along(w, x);
-        sum += x;
-      }
-      state->l[r] += sum;
-    }
-    void weigh() {
-      for (int64_t r = 0; r < rows; ++r) weigh_row(r);
-      rows = 0;
-    }
-  };
-
-  // Where register tiles are two vectors wide there are no registers for that.
-  static constexpr bool kScoresTiles = kTileColumns == 4;
-
-  // The scores of a register tile of 1 to kTileRows rows and 1 to kTileColumns vectors of keys; those that wait become
-  // weights meanwhile. Nothing is kept, and false is returned, if m would have to be raised other than for the first
-  // keys. `seen` is null where all rows see all keys.
-  bool score(int64_t rows, int64_t columns, const ProductOperands<P>& product, const Group* keys, const Bounds* seen,
-             Real scale, Waiting& waiting) {
-    if constexpr (kScoresTiles) {
-      if (columns == 1) return score_columns<1>(rows, product, keys, seen, scale, waiting);
-      if (columns == 2) return score_columns<2>(rows, product, keys, seen, scale, waiting);
-      if (columns == 3) return score_columns<3>(rows, product, keys, seen, scale, waiting);
-      return score_columns<4>(rows, product, keys, seen, scale, waiting);
-    }
-    return false;
-  }
-
-  // What a successful score() has left becomes weights there.
-  void wait(Waiting& waiting, int64_t rows, int64_t columns, Real scale, Group* weights, int64_t weights_row) {
-    waiting.state = this, waiting.rows = rows, waiting.columns = columns, waiting.to_exp2 = scale * kLog2e<Real>;
-    waiting.weights = weights, waiting.weights_row = weights_row;
-  }
-
- private:
-  template <int kColumns, class... Rest>
-  TFORMER_INLINE bool score_columns(int64_t rows, Rest&&... rest) {
-    if (rows == 1) return score_tile<1, kColumns>(rest...);
-    if (rows == 2) return score_tile<2, kColumns>(rest...);
-    if (rows == 3) return score_tile<3, kColumns>(rest...);
-    if (rows == 4) return score_tile<4, kColumns>(rest...);
-    if (rows == 5) return score_tile<5, kColumns>(rest...);
-    return score_tile<kTileRows, kColumns>(rest...);
-  }
-
+  // The weights of a register tile of keys straight from its sums: the product of queries and keys is not stored.
+  // Nothing happens, and false is returned, if m would have to be raised other than for the first keys. `seen` is null
+  // where all rows see all keys.
   template <int kRows, int kColumns>
-  __attribute__((noinline)) bool score_tile(const ProductOperands<P>& product, const Group* keys, const Bounds* seen,
-                                            Real scale, Waiting& waiting) {
+  __attribute__((noinline)) bool weigh_tile(const ProductOperands<P>& product, const Group* keys, const Bounds* seen,
+                                            Real scale, Group* weights, int64_t weights_row) {
     Vec<Real> acc[kRows][kColumns];
-    multiply_tile<P>(product, product.a, keys, product.steps, acc, waiting.rows,
-                     [&](int64_t r) TFORMER_LAMBDA { waiting.weigh_row(r); });
-    waiting.rows = 0;
+    multiply_tile<P>(product, product.a, keys, product.steps, acc);
     if (seen) {
       const Vec<Real> lane = lane_index<Real>(), none = splat(-kInfinity<Real>);
 #pragma GCC unroll 8
@@ -167,15 +103,30 @@ struct OnlineSoftmax {
       for (int n = 1; n < kColumns; ++n) top[r] = maximum(acc[r][n], top[r]);
       first &= m[r] == -kInfinity<Real>;
       within &= !any_lane(top[r] > limit(r, scale));
-#pragma GCC unroll 4
-      for (int n = 0; n < kColumns; ++n) store(waiting.scores[r] + n * L, acc[r][n]);
     }
     if (first) {
       for (int r = 0; r < kRows; ++r) m[r] = max_lanes<Real>(top[r]);
+    } else if (!within) {
+      return false;
     }
-    return first || within;
+    const Real to_exp2 = scale * kLog2e<Real>;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Real> shift = splat(shift_of(r));
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) {
+        acc[r][n] = exp2_vec<Real, T>((acc[r][n] - shift) * to_exp2);
+        P::store_along(weights + r * weights_row + n * L / P::kStep, acc[r][n]);
+      }
+      Vec<Real> sum = acc[r][0];
+#pragma GCC unroll 4
+      for (int n = 1; n < kColumns; ++n) sum += acc[r][n];
+      l[r] += sum;
+    }
+    return true;
   }
 
+ private:
   TFORMER_INLINE Real limit(int64_t r, Real scale) const { return m[r] + kSlack / scale; }
   // Nothing visible yet: weights are e^-inf = 0.
   TFORMER_INLINE Real shift_of(int64_t r) const { return m[r] == -kInfinity<Real> ? Real(0) : m[r]; }

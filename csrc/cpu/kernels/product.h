@@ -83,13 +83,18 @@ struct ProductOperands {
   int64_t steps;
 };
 
-// Adds `steps` steps, from a and b on, to the sums of a register tile; a and b end after them.
+// The sums of one register tile: `steps` steps from those places of the operands on.
 template <class P, int kRows, int kColumns>
-TFORMER_INLINE void multiply_steps(const ProductOperands<P>& m, const typename P::Group*& a,
-                                   const typename P::Group*& b, int64_t steps,
-                                   Vec<typename P::Real> (&acc)[kRows][kColumns]) {
+TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, const typename P::Group* a, const typename P::Group* b,
+                                  int64_t steps, Vec<typename P::Real> (&acc)[kRows][kColumns]) {
+  using Real = typename P::Real;
   using Group = typename P::Group;
-  constexpr int L = kLanes<typename P::Real>;
+  constexpr int L = kLanes<Real>;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kColumns; ++n) acc[r][n] = Vec<Real>{};
+  }
   const int64_t a_row = m.a_row, a_step = m.a_step, b_step = m.b_step;
 #pragma GCC unroll 2
   for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
@@ -104,33 +109,6 @@ TFORMER_INLINE void multiply_steps(const ProductOperands<P>& m, const typename P
       for (int n = 0; n < kColumns; ++n) acc[r][n] = P::multiply_add(x, row[n], acc[r][n]);
     }
   }
-}
-
-// The sums of one register tile: `steps` steps from those places of the operands on. beside(n), n from 0 to `pieces`,
-// is work of another kind: it is done between the steps, so that neither waits for the other's latencies.
-template <class P, int kRows, int kColumns, class Beside>
-TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, const typename P::Group* a, const typename P::Group* b,
-                                  int64_t steps, Vec<typename P::Real> (&acc)[kRows][kColumns], int64_t pieces,
-                                  Beside&& beside) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) acc[r][n] = Vec<typename P::Real>{};
-  }
-  const ProductOperands<P> operands = m;  // what is beside could change it, for all the compiler knows
-  const int64_t portion = pieces > 0 ? (steps + pieces - 1) / pieces : steps;
-  int64_t piece = 0;
-  do {
-    if (piece < pieces) beside(piece++);
-    const int64_t count = steps < portion ? steps : portion;
-    multiply_steps<P>(operands, a, b, count, acc);
-    steps -= count;
-  } while (steps > 0 || piece < pieces);
-}
-template <class P, int kRows, int kColumns>
-TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, const typename P::Group* a, const typename P::Group* b,
-                                  int64_t steps, Vec<typename P::Real> (&acc)[kRows][kColumns]) {
-  multiply_tile<P>(m, a, b, steps, acc, 0, [](int64_t) TFORMER_LAMBDA {});
 }
 
 // Where the sums of a product go: into C. A tile's first row and column are those of its place in the product.

@@ -60,34 +60,27 @@ TFORMER_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[kCount]) {
   return y;
 }
 
-// Coefficients for 2^f. Precision: the type that results are rounded to in the end.
-template <class T, class Precision = T>
-constexpr const auto& exp2_coefficients() {
-  if constexpr (sizeof(Precision) == 2) {
-    return MathConstants<T>::kExp2For16Bits;
-  } else {
-    return MathConstants<T>::kExp2;
-  }
-}
-
 // 2^x, for x <= 127 (1023 for double). 0 for -inf; NaN stays NaN. The rounding error of a large x shows in the result,
-// but only where 2^x is small.
-template <class T, int kCount>
-TFORMER_INLINE Vec<T> exp2_with(Vec<T> x, const T (&coefficients)[kCount]) {
+// but only where 2^x is small. Precision: the type that results are rounded to in the end.
+template <class T, class Precision = T>
+TFORMER_INLINE Vec<T> exp2_vec(Vec<T> x) {
+  using M = MathConstants<T>;
+  const auto power_of_fraction = [](Vec<T> f) TFORMER_LAMBDA {
+    if constexpr (sizeof(Precision) == 2) {
+      return polynomial<T>(f, M::kExp2For16Bits);
+    } else {
+      return polynomial<T>(f, M::kExp2);
+    }
+  };
 #if defined(__AVX512F__)
   const Vec<T> n = round_whole(x);
-  return times_power(polynomial<T>(x - n, coefficients), n);  // NaN 2^-inf is 0
+  return times_power(power_of_fraction(x - n), n);  // NaN 2^-inf is 0
 #else
-  using M = MathConstants<T>;
   x = maximum(splat(static_cast<T>(-M::kBias)), x);
   const Vec<T> shifted = x + M::kRound;
   const Vec<T> power = (Vec<T>)(((Vec<Integer<T>>)shifted + M::kBias) << M::kMantissa);
-  return polynomial<T>(x - (shifted - M::kRound), coefficients) * power;
+  return power_of_fraction(x - (shifted - M::kRound)) * power;
 #endif
-}
-template <class T, class Precision = T>
-TFORMER_INLINE Vec<T> exp2_vec(Vec<T> x) {
-  return exp2_with<T>(x, exp2_coefficients<T, Precision>());
 }
 
 // e^x likewise.
