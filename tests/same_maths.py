@@ -9,11 +9,16 @@ from tformer_ext.reference.attention import attention_dropout_mask, attention_sc
 from tformer_ext.reference.philox import keep_scale
 
 
-def recomputed_gradients(qkv, options, cotangents):
-    """Gradients of query, key, value, bias, sinks, as cases.gradients gives them."""
+def recomputed_gradients(qkv, options, cotangents, rounded_to=None):
+    """Gradients of query, key, value, bias, sinks, as cases.gradients gives them.
+
+    rounded_to: inf or -inf to take lse one representable number up or down, which is what saving it may cost.
+    """
     query, key, value = qkv
     out, lse = reference.attention(*qkv, **options, return_lse=True)
     out, lse = out.detach(), lse.detach()
+    if rounded_to is not None:
+        lse = torch.where(lse.isfinite(), torch.nextafter(lse, torch.full_like(lse, rounded_to)), lse)
     own = ("sinks", "dropout_p", "dropout_seed")  # what comes after the scores
     rest = {k: v for k, v in options.items() if k not in own}
     scores, visible = attention_scores(query, key, first_row=0, total_rows=query.shape[2], **rest)
@@ -63,16 +68,18 @@ def forward_yardsticks(qkv, options, dtype):
 
 
 def yardsticks(qkv, options, cotangents, dtype):
-    """The same maths in dtype: with sums in several orders (features permuted), each gradient taken in both forms.
+    """The same maths in dtype: with sums in several orders (features permuted), each gradient taken in both forms, and
+    lse, which decides all weights of a row, as it is and rounded the other way.
 
     Returns [(out, lse, (gradients)), ...], permuted back.
     """
     results = []
-    for permuted, order_v, back, back_v in _permuted(qkv):
+    roundings = (None, torch.inf, -torch.inf, None)
+    for (permuted, order_v, back, back_v), rounded_to in zip(_permuted(qkv), roundings, strict=True):
         leaves, keywords = in_dtype(permuted, options, dtype, True)
         cotangent = (cotangents[0][..., order_v], cotangents[1])
         (out, lse), direct = gradients(reference.attention, leaves, keywords, cotangent)
-        for grads in (direct, recomputed_gradients(leaves, keywords, cotangent)):
+        for grads in (direct, recomputed_gradients(leaves, keywords, cotangent, rounded_to)):
             ordered = [g[..., o] for g, o in zip(grads, (back, back, back_v), strict=False)] + list(grads[3:])
             results.append((out.detach()[..., back_v], lse.detach(), *ordered))
     return results
