@@ -45,7 +45,14 @@ KERNEL_SOURCES = ["csrc/cpu/kernels/kernels.cpp"]
 # first copy, which must be one that every CPU can run.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
-ISA_FLAGS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512bf16": AVX512BF16,
+    "amxbf16": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
+}
 
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
 # FMA contraction, no errno and no traps are free speed. Never -ffast-math: NaN and infinity have a meaning.
@@ -144,7 +151,7 @@ def isa_flags():
     chosen = {}
     for isa, flags in ISA_FLAGS.items():
         if not flags or (is_x86 and compiler_accepts(flags)):
-            quiet = QUIET_AVX512_FLAGS if "avx512" in isa and compiler_accepts(QUIET_AVX512_FLAGS) else []
+            quiet = QUIET_AVX512_FLAGS if "-mavx512f" in flags and compiler_accepts(QUIET_AVX512_FLAGS) else []
             chosen[isa] = [*flags, *quiet]
         elif is_x86:
             print(f"tformer_ext: the compiler does not know {' '.join(flags)}; leaving {isa} out", file=sys.stderr)

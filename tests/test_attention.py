@@ -196,3 +196,50 @@ def test_scores_that_rise_along_many_panels(queries, keys, keywords, width, atte
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         golden = reference.attention(q.double(), k.double(), v.double(), **keywords)
         assert_close(F.attention(q, k, v, **keywords), golden, reference.attention(q, k, v, **keywords))
+
+
+# Whole and partial row tiles, key blocks, stretches of keys and strips of values, where tile registers have them.
+TILE_CASES = [
+    Case("five strips", (1, 2, 1, 75, 715, 64, 130)),
+    Case("one strip and a half", (2, 1, 1, 33, 400, 72, 48), {"causal": "lower_right"}),
+    Case("half a strip", (1, 2, 2, 17, 330, 33, 9), {"window": (150, 3)}),
+    Case("eight strips", (1, 1, 1, 64, 900, 96, 256), {"scale": 0.5}),
+    Case("window of stretches", (1, 2, 1, 420, 420, 128, 64), {"window": (170, 20)}, layout="BSHD"),
+    Case("causal tall", (1, 1, 1, 500, 450, 64, 64), {"causal": True}, sinks=True),
+    Case("rising", (1, 2, 2, 70, 640, 32, 32), {"scale": 4.0}),
+    Case("lengths", (3, 2, 2, 40, 300, 64, 96), {"key_lengths": [300, 65, 129]}),
+    Case("masked blocks", (1, 2, 1, 50, 600, 64, 64), {"dropout_p": 0.3, "dropout_seed": 5}, mask=(1, 1, 1, 600)),
+]
+
+
+@pytest.mark.parametrize("case", TILE_CASES, ids=str)
+def test_bfloat16_in_parts_of_tiles(case, isa):
+    qkv, options = tensors(case, torch.bfloat16)
+    if case.mask:
+        options["mask"][..., 64:384] = False
+    B, Hq, _, Sq, _, _, Dv = case.shape
+    cotangents = torch.randn(B, Hq, Sq, Dv).bfloat16(), torch.randn(B, Hq, Sq)
+    golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
+    same = yardsticks(qkv, options, cotangents, torch.bfloat16)
+    leaves, keywords = in_dtype(qkv, options, torch.bfloat16, True)
+    poison(((B, Hq, Sq, Dv), torch.bfloat16), ((B, Hq, Sq), torch.float32))
+    actual = gradients(F.attention, leaves, keywords, cotangents)
+    forms = list(zip(*same, strict=True))
+    for name, a, g, f in zip(("out", "lse"), actual[0], golden[0], forms[:2], strict=True):
+        assert_close(a.detach(), g.detach(), farther(f, g.detach()), name)
+    for name, a, g, f in zip(NAMES, actual[1], golden[1], forms[2:], strict=False):
+        assert_gradient_close(a, g, farther(f, g), f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_each_other(dtype, isa):
+    """A row whose scores rise along the keys takes another way than its neighbours in a tile; their bits stay."""
+    q, k, v = (torch.randn(1, 2, n, 64).to(dtype) for n in (70, 600, 600))
+    k *= torch.linspace(0.1, 2, 600)[:, None].to(dtype)
+    calm = q.clone()
+    q[:, :, [3, 40, 69]] *= 30
+    others = [i for i in range(70) if i not in (3, 40, 69)]
+    for options in ({}, {"causal": "lower_right"}):
+        for t, e in zip(*(F.attention(x, k, v, **options, return_lse=True) for x in (q, calm)), strict=True):
+            assert torch.equal(t[:, :, others], e[:, :, others])
+            assert not torch.equal(t[:, :, 3], e[:, :, 3])

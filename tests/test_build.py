@@ -14,7 +14,7 @@ import torch
 from tformer_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-ISAS = ["baseline", "avx2", "avx512", "avx512bf16"]
+ISAS = ["baseline", "avx2", "avx512", "avx512bf16", "amxbf16"]
 
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")

@@ -20,7 +20,8 @@ def test_bf16(isa):
     q = torch.randn(1, 2, 5, 8).bfloat16()
     told = tx.explain(q, q, q)
     assert ("vdpbf16ps" in told.product) == (isa == "avx512bf16")
-    assert any("float32 speed" in note for note in told.notes) == (isa != "avx512bf16")
+    assert ("tdpbf16ps" in told.product) == (isa == "amxbf16")
+    assert any("float32 speed" in note for note in told.notes) == (isa not in ("avx512bf16", "amxbf16"))
 
 
 def test_copies_and_bias():

@@ -72,7 +72,7 @@ def test_kernels_know_nothing_of_torch():
 def test_isa_macros_stay_in_the_vector_headers():
     vector_headers = re.compile(r"csrc/cpu/kernels/vec\w*\.h$")
     files = [file for file in source_files(*CODE[2:]) if not vector_headers.search(file.as_posix())]
-    assert not lines_with(r"__AVX|__FMA__|__F16C__|__SSE", files)
+    assert not lines_with(r"__AVX|__AMX|__FMA__|__F16C__|__SSE", files)
 
 
 def test_no_loose_ends():

@@ -216,3 +216,14 @@ def test_modules_are_copied():
     twin = copy.deepcopy(module)
     x = torch.randn(3, 8)
     torch.testing.assert_close(twin.eval()(x), module.eval()(x))
+
+
+def test_products_of_torch_beside_ours():
+    """Where the CPU has tile registers, both lay them out for themselves in the same threads."""
+    linear, x = torch.nn.Linear(512, 512).bfloat16(), torch.randn(4, 128, 512).bfloat16()
+    q = torch.randn(2, 8, 256, 64).bfloat16()
+    calls = (lambda: linear(x), lambda: F.attention(q, q, q), lambda: linear(x[:3, :7]))
+    with torch.no_grad():
+        expected = [call() for call in calls]
+        for _ in range(20):
+            assert all(torch.equal(call(), e) for call, e in zip(calls, expected, strict=True))

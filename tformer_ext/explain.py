@@ -70,12 +70,16 @@ def explain(query, key, value, **options):
         product, path = _cuda_kernels(query, key, value, options)
         return Explanation("cuda", isa, product, 16, (*notes, *path, SECOND_DERIVATIVE), call)
     isa = _C.cpu_isa()
-    native_bf16 = isa == "avx512bf16"
+    bf16_products = {
+        "avx512bf16": "bfloat16 pairs into float32 (vdpbf16ps)",
+        "amxbf16": "bfloat16 in tile registers into float32 (tdpbf16ps)",
+    }
+    native_bf16 = isa in bf16_products
     product = {
         torch.float64: "float64 multiply-add",
         torch.float32: "float32 multiply-add",
         torch.float16: "float16 widened to float32",
-        torch.bfloat16: "bfloat16 pairs into float32 (vdpbf16ps)" if native_bf16 else "bfloat16 widened to float32",
+        torch.bfloat16: bf16_products.get(isa, "bfloat16 widened to float32"),
     }[query.dtype]
     if query.dtype == torch.bfloat16 and not native_bf16:
         why = (

@@ -11,7 +11,7 @@ namespace tformer {
 namespace {
 
 // Rows and keys at which a head may be cut: whole row tiles and blocks of the kernels.
-constexpr int64_t kRowsUnit = 96, kKeysUnit = 64;
+constexpr int64_t kRowsUnit = 96, kKeysUnit = 128;
 
 // Query-key pairs that rows [q_begin, q_end) may attend to by position: the cost of a task.
 double visible_pairs(const AttentionParams& p, const Sequence& s, int64_t q_begin, int64_t q_end) {
@@ -80,9 +80,9 @@ struct Neighbours {
 // Keys of a part where few queries meet many keys (decoding): then the keys are what threads can share. A function of
 // shapes alone, since it shows in the rounding. 0: no parts.
 int64_t keys_of_part(const AttentionParams& p) {
-  constexpr int64_t kMostQueries = 8, kLeastKeys = 512, kMostParts = 64;
+  constexpr int64_t kMostQueries = 8, kLeastKeys = 512, kMostParts = 64, kKeyBlock = 64;
   if (p.cu_seqlens_q || p.Sq > kMostQueries || p.Sk < 2 * kLeastKeys) return 0;
-  return std::max(kLeastKeys, round_up((p.Sk + kMostParts - 1) / kMostParts, kKeysUnit));
+  return std::max(kLeastKeys, round_up((p.Sk + kMostParts - 1) / kMostParts, kKeyBlock));
 }
 
 // A task for each part of the keys of each key head.

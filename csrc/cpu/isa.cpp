@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 // The build defines TFORMER_FOR_EACH_ISA(X) as X(name) for every ISA compiled in, least capable first.
 #ifndef TFORMER_FOR_EACH_ISA
@@ -25,7 +29,7 @@ TFORMER_FOR_EACH_ISA(TFORMER_DECLARE_TABLE)
 namespace {
 
 // Every name this version knows, whether or not it is compiled into this binary.
-constexpr const char* kKnownIsas[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kKnownIsas[] = {"baseline", "avx2", "avx512", "avx512bf16", "amxbf16"};
 
 struct BuiltIsa {
   const char* name;
@@ -37,6 +41,22 @@ constexpr BuiltIsa kBuiltIsas[] = {
     TFORMER_FOR_EACH_ISA(TFORMER_TABLE_ENTRY)
 #undef TFORMER_TABLE_ENTRY
 };
+
+#if defined(__x86_64__)
+// Whether CPU and system have tile registers with bf16 products. Linux saves 8 KB of tiles only for processes that ask:
+// once, for all threads (Documentation/arch/x86/xstate.rst).
+bool tiles_are_granted() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequestFeature = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBf16) == 0 || (edx & kTiles) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestFeature, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // Exactly the features that setup.py's flags let the compiler use. The builtin also asks whether the system
 // saves the registers; F16C uses those of AVX, so its CPUID bit is enough beside "avx2".
@@ -53,6 +73,10 @@ bool cpu_supports(const std::string& isa) {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   }
   if (isa == "avx512bf16") return cpu_supports("avx512") && __builtin_cpu_supports("avx512bf16");
+  if (isa == "amxbf16") {
+    static const bool granted = tiles_are_granted();
+    return cpu_supports("avx512bf16") && granted;
+  }
 #endif
   return isa == "baseline";
 }

@@ -8,14 +8,32 @@
 namespace tformer::TFORMER_ISA {
 namespace {
 
+#if TFORMER_HAS_TILES
+// The four sums of a register tile, of zeros: the CPU does not look at what it multiplies.
+inline double tile_operations(int64_t rounds) {
+  constexpr int kSteps = 256;
+  const TilesInForce tiles;
+  tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (int64_t n = 0; n < rounds * kSteps; ++n) {
+    tile_multiply_add<0, 4, 6>(), tile_multiply_add<1, 4, 7>();
+    tile_multiply_add<2, 5, 6>(), tile_multiply_add<3, 5, 7>();
+  }
+  return 4.0 * 2 * 2 * kTileSide * kTileSide * kTileSide * kSteps * static_cast<double>(rounds);
+}
+#endif
+
 // Each of the independent chains is updated once per step; as many as a register tile has accumulators, which is more
 // than the latency times the number of units of any CPU so far.
 template <class T>
 double fma_operations(int64_t rounds) {
   using P = Pack<T>;
+#if TFORMER_HAS_TILES
+  if constexpr (P::kTiles) return tile_operations(rounds);
+#endif
   using Real = typename P::Real;
   using Group = typename P::Group;
-  constexpr int kChains = kTileRows * kTileColumns, kSteps = 1024;
+  constexpr int kChains = P::kTileRows * P::kTileColumns, kSteps = 1024;
   // Volatile: a chain that the compiler can work out beforehand is not executed.
   volatile Group half = P::kStep == 1 ? static_cast<Group>(0.5f) : static_cast<Group>(0x3f003f00u);  // 1/2, or a pair
   const Group factor = half;

@@ -19,7 +19,7 @@ struct OnlineSoftmax {
   using P = Pack<T>;
   using Real = typename P::Real;
   using Group = typename P::Group;
-  static constexpr int L = kLanes<Real>;
+  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows;
   static constexpr int kChains = 4;  // of dependent operations, likewise
   static constexpr Real kSlack = 6;
   Real m[kTileRows];
@@ -42,8 +42,8 @@ struct OnlineSoftmax {
 
   // Takes in the largest scores of a row; returns by what its earlier weights and outputs have to be multiplied.
   TFORMER_INLINE Real raise(int64_t r, Vec<Real> top, Real scale) {
+    if (!any_lane(top > limit(r, scale))) return 1;
     const Real highest = max_lanes<Real>(top);
-    if (!(highest > limit(r, scale))) return 1;
     const Real factor = m[r] == -kInfinity<Real> ? Real(0) : exp_vec<Real>(splat((m[r] - highest) * scale))[0];
     l[r] *= factor;
     m[r] = highest;
@@ -52,6 +52,7 @@ struct OnlineSoftmax {
 
   // Scores s[0, n) of row r become weights, narrowed to `weights` if there is such a place.
   TFORMER_INLINE void weigh(int64_t r, Real* s, int64_t n, Real scale, Group* weights) {
+    if constexpr (P::kTiles) return weigh_like_tiles(r, s, n, scale, weights);
     Vec<Real> sum[kChains] = {};
     const Vec<Real> shift = splat(shift_of(r));
     const Real to_exp2 = scale * kLog2e<Real>;
@@ -83,16 +84,8 @@ struct OnlineSoftmax {
     Vec<Real> acc[kRows][kColumns];
     multiply_tile<P>(product, product.a, keys, product.steps, acc);
     if (seen) {
-      const Vec<Real> lane = lane_index<Real>(), none = splat(-kInfinity<Real>);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int n = 0; n < kColumns; ++n) {
-          const Real first = static_cast<Real>(n * L);
-          if (seen->ends) acc[r][n] = (lane < seen->end[r] - first) ? acc[r][n] : none;
-          if (seen->begins) acc[r][n] = (lane < seen->begin[r] - first) ? none : acc[r][n];
-        }
-      }
+      for (int r = 0; r < kRows; ++r) hide(acc[r], *seen, r);
     }
     bool first = true, within = true;
     Vec<Real> top[kRows];
@@ -118,15 +111,100 @@ struct OnlineSoftmax {
         acc[r][n] = exp2_vec<Real, T>((acc[r][n] - shift) * to_exp2);
         P::store_along(weights + r * weights_row + n * L / P::kStep, acc[r][n]);
       }
-      Vec<Real> sum = acc[r][0];
+      Vec<Real> sum[kChains] = {};  // in the order of weigh
 #pragma GCC unroll 4
-      for (int n = 1; n < kColumns; ++n) sum += acc[r][n];
-      l[r] += sum;
+      for (int n = 0; n < kColumns; ++n) sum[n] = acc[r][n];
+      l[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
     return true;
   }
 
+  // weigh, with the bits of weigh_scores.
+  TFORMER_INLINE void weigh_like_tiles(int64_t r, Real* s, int64_t n, Real scale, Group* weights) {
+#if TFORMER_HAS_TILES
+    const Scaling by(scale);
+    const Real from = shift_of(r);
+    const bool moderate = is_moderate(from * by.to_exp2);
+    const F shift = splat(from * -by.to_exp2);
+    for (int64_t j = 0; j < n; j += 2 * L) {
+      F weight[2];
+      for (int i = 0; i < 2; ++i) {
+        const F score = load(s + j + i * L);
+        weight[i] = exp2_of_fraction(moderate ? score * by.to_exp2 + shift : (score - from) * by.to_exp2);
+        l[r] += weight[i];
+        if (!weights) store(s + j + i * L, weight[i]);
+      }
+      if (weights) P::store_two_along(weights + j / P::kStep, weight[0], weight[1]);
+    }
+#endif
+  }
+
+#if TFORMER_HAS_TILES
+  // What the exponent of a score is multiplied with, and by how much a score may exceed m.
+  struct Scaling {
+    Real to_exp2, slack;
+    explicit Scaling(Real scale) : to_exp2(scale * kLog2e<Real>), slack(kSlack / scale) {}
+  };
+
+  // Likewise of rows from r on, whose sums tile registers have left in memory.
+  template <int kRows, int kColumns>
+  __attribute__((noinline)) bool weigh_scores(int64_t r, const Real* scores, int64_t scores_row, const Bounds* seen,
+                                              const Scaling& by, Group* weights, int64_t weights_row) {
+    F x[kRows][kColumns], top[kRows];
+    LaneMask above = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) x[i][n] = load(scores + i * scores_row + n * L);
+      if (__builtin_expect(seen != nullptr, 0)) hide(x[i], *seen, r + i);
+      top[i] = x[i][0];
+#pragma GCC unroll 4
+      for (int n = 1; n < kColumns; ++n) top[i] = maximum(x[i][n], top[i]);
+      above |= greater(top[i], splat(m[r + i] + by.slack));
+    }
+    if (__builtin_expect(above != 0, 0)) {
+      for (int i = 0; i < kRows; ++i) {
+        if (m[r + i] != -kInfinity<Real>) return false;
+      }
+      for (int i = 0; i < kRows; ++i) m[r + i] = max_lanes<Real>(top[i]);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      if (__builtin_expect(!is_moderate(shift_of(r + i) * by.to_exp2), 0)) return false;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const F shift = splat(shift_of(r + i) * -by.to_exp2);
+      F sum = l[r + i];
+#pragma GCC unroll 2
+      for (int n = 0; n < kColumns; n += 2) {
+        const F first = exp2_of_fraction(x[i][n] * by.to_exp2 + shift);
+        const F second = exp2_of_fraction(x[i][n + 1] * by.to_exp2 + shift);
+        P::store_two_along(weights + i * weights_row + n * L / P::kStep, first, second);
+        sum += first;
+        sum += second;
+      }
+      l[r + i] = sum;
+    }
+    return true;
+  }
+#endif
+
  private:
+  // The scores of row r that it does not see.
+  template <int kColumns>
+  static TFORMER_INLINE void hide(Vec<Real> (&x)[kColumns], const Bounds& seen, int64_t r) {
+    const Vec<Real> lane = lane_index<Real>(), none = splat(-kInfinity<Real>);
+#pragma GCC unroll 4
+    for (int n = 0; n < kColumns; ++n) {
+      const Real first = static_cast<Real>(n * L);
+      if (seen.ends) x[n] = (lane < seen.end[r] - first) ? x[n] : none;
+      if (seen.begins) x[n] = (lane < seen.begin[r] - first) ? none : x[n];
+    }
+  }
+
+  // Whether score * to_exp2 - m * to_exp2 may be taken as one multiply-add: m * to_exp2 is then rounded before anything
+  // is subtracted, which for a large one would matter.
+  static TFORMER_INLINE bool is_moderate(Real x) { return x < 65536 && x > -65536; }
   TFORMER_INLINE Real limit(int64_t r, Real scale) const { return m[r] + kSlack / scale; }
   // Nothing visible yet: weights are e^-inf = 0.
   TFORMER_INLINE Real shift_of(int64_t r) const { return m[r] == -kInfinity<Real> ? Real(0) : m[r]; }

@@ -8,16 +8,22 @@ namespace {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Groups that `width` elements of a row take when the sum runs along the row, padded to whole vectors.
+// Groups that `width` elements of a row take when the sum runs along the row: steps of the sum, and padded to whole
+// vectors.
+template <class P>
+constexpr int64_t sum_groups(int64_t width) {
+  return round_up(width, kUnit<P>) / P::kStep;
+}
 template <class P>
 constexpr int64_t row_groups(int64_t width) {
   return round_up((width + P::kStep - 1) / P::kStep, kLanes<typename P::Real>);
 }
 
-// Whether rows in memory are groups as they stand, so that a product can read them there as its A operand.
+// Whether `count` rows in memory are groups as they stand, so that a product can read them there as its A operand.
 template <class P, class T>
-bool in_place(int64_t width, int64_t stride) {
-  return sizeof(typename P::Group) == P::kStep * sizeof(T) && width % P::kStep == 0 && stride % P::kStep == 0;
+bool in_place(int64_t width, int64_t stride, int64_t count) {
+  return sizeof(typename P::Group) == P::kStep * sizeof(T) && width % kUnit<P> == 0 && stride % P::kStep == 0 &&
+         count % P::kRowUnit == 0;
 }
 
 // Rows read ahead of their use: a row is too short, and the next one too far away, for the CPU to see it coming.
@@ -203,9 +209,21 @@ TFORMER_INLINE void transpose(Vec<G> (&x)[kLanes<G>]) {
   }
 }
 
+// L rows of L groups as columns: to[n][m] = from[m][n].
+template <class G>
+void transpose_to(const G* from, int64_t from_row, G* to, int64_t to_row) {
+  constexpr int L = kLanes<G>;
+  Vec<G> x[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) x[i] = load(from + i * from_row);
+  transpose<G>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store(to + i * to_row, x[i]);
+}
+
 // Columns of products with keys: whole register tiles, so that one panel is one tile wide.
 template <class P>
-constexpr int64_t kPanel = kTileColumns * kLanes<typename P::Real>;
+constexpr int64_t kPanel = P::kTileColumns * kLanes<typename P::Real>;
 
 // Transposed panels: out[panel][group of width][key in panel]; keys in [count, padded) become zero, padded is a whole
 // number of panels. The B operand of sums along the row (q.kT, do.vT).
@@ -214,7 +232,7 @@ void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t padde
                      typename P::Group* out) {
   using Group = typename P::Group;
   constexpr int L = kLanes<Group>;
-  const int64_t groups = (width + P::kStep - 1) / P::kStep;
+  const int64_t groups = sum_groups<P>(width);
   for (int64_t key = 0; key < padded; key += L, rows += L * stride) {
     Group* panel = out + key / kPanel<P> * (groups * kPanel<P>)+key % kPanel<P>;
     for (int64_t next = L; next < 2 * L && key + next < count; ++next) prefetch_row(rows + next * stride, width);

@@ -9,17 +9,25 @@
 //      takes the last product of such a sum, which then leaves for its place in memory without coming by C
 #pragma once
 
-#include "vec.h"
+#include "tiles.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
 
-// How elements of type T are held in products: Real is the arithmetic type, Group what one multiply-add consumes.
+// How elements of type T are held in products: Real is the arithmetic type, Group what one multiply-add consumes. Sums
+// have whole units of kSumUnit steps, and a first operand whole units of kRowUnit rows, of which the last ones are
+// ignored; Setup must live while products are made.
+struct NoSetup {
+  NoSetup() {}
+};
 template <class T>
 struct Wide {  // one element a group
   using Real = T;
   using Group = T;
-  static constexpr int kStep = 1;
+  using Setup = NoSetup;
+  static constexpr int kStep = 1, kSumUnit = 1, kRowUnit = 1;
+  static constexpr int kTileRows = kVectorTileRows, kTileColumns = kVectorTileColumns;
+  static constexpr bool kTiles = false;
   static TFORMER_INLINE Vec<Real> multiply_add(Group a, Vec<Group> b, Vec<Real> c) { return a * b + c; }
   static TFORMER_INLINE Real element(Group g, int) { return g; }
   static TFORMER_INLINE Vec<Real> elements(Vec<Group> g, int) { return g; }
@@ -31,7 +39,10 @@ struct Wide {  // one element a group
 struct PairBf16 {
   using Real = float;
   using Group = uint32_t;
-  static constexpr int kStep = 2;
+  using Setup = NoSetup;
+  static constexpr int kStep = 2, kSumUnit = 1, kRowUnit = 1;
+  static constexpr int kTileRows = kVectorTileRows, kTileColumns = kVectorTileColumns;
+  static constexpr bool kTiles = false;
   static TFORMER_INLINE F multiply_add(Group a, U32 b, F c) {
     return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)(U32{} + a), (__m512bh)b);
   }
@@ -47,6 +58,9 @@ struct PairBf16 {
   }
   // The CPU's own narrowing takes and gives 0 for subnormal numbers: good for weights, not for results.
   static TFORMER_INLINE void store_along(Group* to, F x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
+  static TFORMER_INLINE void store_two_along(Group* to, F first, F second) {
+    store(to, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+  }
   static TFORMER_INLINE U32 pair(F low, F high) {
     alignas(64) static constexpr uint16_t kInterleave[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
@@ -54,6 +68,16 @@ struct PairBf16 {
     return (U32)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave),
                                          (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
+};
+#endif
+
+#if TFORMER_HAS_TILES
+// The same pairs, multiplied in tile registers. The steps of a first operand must lie one behind the other.
+struct TileBf16 : PairBf16 {
+  using Setup = TilesInForce;
+  static constexpr int kSumUnit = kTileSide, kRowUnit = kTileSide;
+  static constexpr int kTileRows = 2 * kTileSide, kTileColumns = 2;
+  static constexpr bool kTiles = true;
 };
 #endif
 
@@ -65,7 +89,12 @@ template <>
 struct PackOf<double> {
   using type = Wide<double>;
 };
-#if TFORMER_HAS_BF16_PRODUCTS
+#if TFORMER_HAS_TILES
+template <>
+struct PackOf<bf16> {
+  using type = TileBf16;
+};
+#elif TFORMER_HAS_BF16_PRODUCTS
 template <>
 struct PackOf<bf16> {
   using type = PairBf16;
@@ -73,6 +102,13 @@ struct PackOf<bf16> {
 #endif
 template <class T>
 using Pack = typename PackOf<T>::type;
+
+// Elements along the sum that the padding of operands makes whole.
+template <class P>
+constexpr int64_t kUnit = P::kSumUnit * P::kStep;
+// Likewise of columns that a later product sums over.
+template <class P>
+constexpr int64_t kColumnUnit = kUnit<P> > kLanes<typename P::Real> ? kUnit<P> : kLanes<typename P::Real>;
 
 template <class P>
 struct ProductOperands {
@@ -120,6 +156,11 @@ struct IntoSums {
   int64_t c_row;
   bool accumulate;
   bool wants_empty(int64_t) const { return !accumulate; }  // the row tile from r, of a product without steps
+  // Whether there are earlier sums of the row tile from r in C; whether the new ones stay there.
+  bool adds(int64_t) const { return accumulate; }
+  bool stays(int64_t) const { return true; }
+  template <int kColumns>
+  void leave(int64_t, int64_t, const Vec<Real> (&)[kColumns]) const {}
 
   template <int kRows, int kColumns>
   TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kRows][kColumns]) const {
@@ -147,7 +188,7 @@ constexpr uint8_t kNothing = 0, kSums = 1, kLast = 2, kWritten = 4;
 template <class P, class T>
 struct IntoRows {
   using Real = typename P::Real;
-  static constexpr int L = kLanes<Real>;
+  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows;
   Real* c;
   int64_t c_row;
   uint8_t* progress;  // of each row tile
@@ -155,6 +196,8 @@ struct IntoRows {
   int64_t row, width;
   const Real* factors;
   bool wants_empty(int64_t r) const { return progress[r / kTileRows] & kLast; }
+  bool adds(int64_t r) const { return progress[r / kTileRows] & kSums; }
+  bool stays(int64_t r) const { return !(progress[r / kTileRows] & kLast); }
   // After the product: a row tile with or without steps.
   void advance(int64_t r, bool steps) const {
     uint8_t& p = progress[r / kTileRows];
@@ -167,19 +210,9 @@ struct IntoRows {
     for (int i = 0; i < kRows; ++i) take_row(r + i, column, sums[i]);
   }
 
- private:
+  // The sums of row r for its place in memory.
   template <int kColumns>
-  TFORMER_INLINE void take_row(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
-    const uint8_t have = progress[r / kTileRows];
-    Real* sum = c + r * c_row + column;
-    Vec<Real> x[kColumns];
-#pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) x[n] = have & kSums ? load(sum + n * L) + sums[n] : sums[n];
-    if (!(have & kLast)) {
-#pragma GCC unroll 4
-      for (int n = 0; n < kColumns; ++n) store(sum + n * L, x[n]);
-      return;
-    }
+  TFORMER_INLINE void leave(int64_t r, int64_t column, Vec<Real> (&x)[kColumns]) const {
     if (factors) {
 #pragma GCC unroll 4
       for (int n = 0; n < kColumns; ++n) x[n] *= factors[r];
@@ -199,6 +232,19 @@ struct IntoRows {
       }
     }
   }
+
+ private:
+  template <int kColumns>
+  TFORMER_INLINE void take_row(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
+    const uint8_t have = progress[r / kTileRows];
+    Real* sum = c + r * c_row + column;
+    Vec<Real> x[kColumns];
+#pragma GCC unroll 4
+    for (int n = 0; n < kColumns; ++n) x[n] = have & kSums ? load(sum + n * L) + sums[n] : sums[n];
+    if (have & kLast) return leave(r, column, x);
+#pragma GCC unroll 4
+    for (int n = 0; n < kColumns; ++n) store(sum + n * L, x[n]);
+  }
 };
 
 template <class P, int kRows, int kColumns, class Into>
@@ -214,30 +260,101 @@ template <class P, int kRows, class Into, class... Place>
 TFORMER_INLINE void register_tile_columns(int columns, const ProductOperands<P>& m, const Into& into, Place... place) {
   if (columns == 1) return register_tile<P, kRows, 1>(m, place..., into);
   if (columns == 2) return register_tile<P, kRows, 2>(m, place..., into);
-  if constexpr (kTileColumns > 2) {
+  if constexpr (P::kTileColumns > 2) {
     if (columns == 3) return register_tile<P, kRows, 3>(m, place..., into);
     if (columns == 4) return register_tile<P, kRows, 4>(m, place..., into);
   }
 }
 
+#if TFORMER_HAS_TILES
+// A register tile in tile registers: 0 to 3 hold the sums, 4 and 5 come from A, 6 and 7 from B. beside() is called
+// after every instruction: the CPU does there what it has beside these products, until their sums are stored.
+template <class P, int kRowTiles, int kColumnTiles, class Into, class Beside>
+TFORMER_INLINE void tile_registers(int64_t rows, const ProductOperands<P>& m, const Into& into, Beside&& beside,
+                                   const typename P::Group* a, const typename P::Group* b, int64_t steps, int64_t r,
+                                   int64_t column) {
+  constexpr bool kBelow = kRowTiles == 2, kBeside = kColumnTiles == 2;
+  const int64_t a_row = m.a_row * 4, b_row = m.b_step * 4;
+  float* c = into.c + r * into.c_row + column;
+  const auto each = [](float* place, int64_t row_floats, auto&& f) TFORMER_LAMBDA {
+    using std::integral_constant;
+    float* below = place + kTileSide * row_floats;
+    f(integral_constant<int, 0>{}, place, row_floats * 4);
+    if constexpr (kBeside) f(integral_constant<int, 1>{}, place + kTileSide, row_floats * 4);
+    if constexpr (kBelow) f(integral_constant<int, 2>{}, below, row_floats * 4);
+    if constexpr (kBelow && kBeside) f(integral_constant<int, 3>{}, below + kTileSide, row_floats * 4);
+  };
+  if (into.adds(r)) {
+    each(c, into.c_row, [](auto tile, float* from, int64_t row) TFORMER_LAMBDA { tile_load<tile>(from, row); });
+  } else {
+    each(c, into.c_row, [](auto tile, float*, int64_t) TFORMER_LAMBDA { tile_zero<tile>(); });
+  }
+  for (int64_t k = 0; k < steps; k += kTileSide, a += kTileSide, b += kTileSide * m.b_step) {
+    tile_load<4>(a, a_row);
+    tile_load<6>(b, b_row);
+    tile_multiply_add<0, 4, 6>();
+    beside();
+    if constexpr (kBeside) {
+      tile_load<7>(b + kTileSide, b_row);
+      tile_multiply_add<1, 4, 7>();
+      beside();
+    }
+    if constexpr (kBelow) {
+      tile_load<5>(a + kTileSide * m.a_row, a_row);
+      tile_multiply_add<2, 5, 6>();
+      beside();
+      if constexpr (kBeside) {
+        tile_multiply_add<3, 5, 7>();
+        beside();
+      }
+    }
+  }
+  const auto store_tile = [](auto tile, float* to, int64_t row) TFORMER_LAMBDA { tile_store<tile>(to, row); };
+  if (into.stays(r)) return each(c, into.c_row, store_tile);
+  alignas(64) float sums[kRowTiles * kTileSide][kColumnTiles * kTileSide];
+  each(sums[0], kColumnTiles * kTileSide, store_tile);
+  for (int64_t i = 0; i < rows; ++i) {
+    F x[kColumnTiles];
+    std::memcpy(x, sums[i], sizeof(x));
+    into.leave(r + i, column, x);
+  }
+}
+
+template <class P, class Into, class Beside, class... Place>
+__attribute__((noinline)) void tile_product(int64_t rows, int columns, const ProductOperands<P>& m, const Into& into,
+                                            Beside&& beside, Place... place) {
+  if (rows > kTileSide) {
+    return columns == 2 ? tile_registers<P, 2, 2>(rows, m, into, beside, place...)
+                        : tile_registers<P, 2, 1>(rows, m, into, beside, place...);
+  }
+  return columns == 2 ? tile_registers<P, 1, 2>(rows, m, into, beside, place...)
+                      : tile_registers<P, 1, 1>(rows, m, into, beside, place...);
+}
+#endif
+
 // A register tile of 1 to kTileRows rows and 1 to kTileColumns vectors; place: a, b, steps, first row, first column.
 template <class P, class Into, class... Place>
 TFORMER_INLINE void register_tile_rows(int64_t rows, int columns, const ProductOperands<P>& m, const Into& into,
                                        Place... place) {
-  switch (rows) {
-    case 1:
-      return register_tile_columns<P, 1>(columns, m, into, place...);
-    case 2:
-      return register_tile_columns<P, 2>(columns, m, into, place...);
-    case 3:
-      return register_tile_columns<P, 3>(columns, m, into, place...);
-    case 4:
-      return register_tile_columns<P, 4>(columns, m, into, place...);
-    case 5:
-      return register_tile_columns<P, 5>(columns, m, into, place...);
-    default:
-      return register_tile_columns<P, kTileRows>(columns, m, into, place...);
-  }
+#if TFORMER_HAS_TILES
+  if constexpr (P::kTiles) {
+    tile_product(rows, columns, m, into, []() TFORMER_LAMBDA {}, place...);
+  } else
+#endif
+    switch (rows) {
+      case 1:
+        return register_tile_columns<P, 1>(columns, m, into, place...);
+      case 2:
+        return register_tile_columns<P, 2>(columns, m, into, place...);
+      case 3:
+        return register_tile_columns<P, 3>(columns, m, into, place...);
+      case 4:
+        return register_tile_columns<P, 4>(columns, m, into, place...);
+      case 5:
+        return register_tile_columns<P, 5>(columns, m, into, place...);
+      default:
+        return register_tile_columns<P, P::kTileRows>(columns, m, into, place...);
+    }
 }
 
 // Steps [begin, end) of a sum.
@@ -249,7 +366,7 @@ struct Steps {
 // the sums of the row tile from r, where the others are known to be 0.
 template <class P, class Into, class StepsOf>
 void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Into& into, StepsOf&& steps_of) {
-  constexpr int L = kLanes<typename P::Real>;
+  constexpr int L = kLanes<typename P::Real>, kTileRows = P::kTileRows, kTileColumns = P::kTileColumns;
   const int64_t vectors = columns / L;
   const int64_t strips = (vectors + kTileColumns - 1) / kTileColumns;
   for (int64_t strip = 0; strip < strips; ++strip) {  // near-equal strips: 5 vectors are 3 + 2, not 4 + 1

@@ -11,6 +11,11 @@ namespace {
 // Keys are handled in blocks of this many: a whole number of panels on every ISA, and one Philox block.
 constexpr int64_t kKeyBlock = 64;
 
+template <class V>
+TFORMER_INLINE V* row_of(const Rows& r, int64_t b, int64_t h, int64_t i) {
+  return static_cast<V*>(r.data) + b * r.stride[0] + h * r.stride[1] + i * r.stride[2];
+}
+
 template <class Real, class T>
 TFORMER_INLINE void add_elements(const T* row, int64_t stride, int64_t n, Real scale, Real* to) {
   constexpr int L = kLanes<Real>;

@@ -25,18 +25,24 @@
 #define TFORMER_HAS_BF16_PRODUCTS 0
 #endif
 
+#if defined(__AMX_BF16__)
+#define TFORMER_HAS_TILES 1
+#else
+#define TFORMER_HAS_TILES 0
+#endif
+
 namespace tformer::TFORMER_ISA {
 namespace {
 
 constexpr int kVectorBytes = TFORMER_VECTOR_BYTES;
 
-// Register tile of a matrix product: kTileRows x kTileColumns accumulators, with room left for one row of the second
+// Register tile of a matrix product in vector registers: so many accumulators, with room left for one row of the second
 // operand and one broadcast. 6 x 4 fills 29 of 32 registers, 6 x 2 fills 15 of 16.
-constexpr int kTileRows = 6;
+constexpr int kVectorTileRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileColumns = 4;
+constexpr int kVectorTileColumns = 4;
 #else
-constexpr int kTileColumns = 2;
+constexpr int kVectorTileColumns = 2;
 #endif
 
 struct bf16 {
@@ -125,6 +131,13 @@ TFORMER_INLINE bool any_lane(M mask) {
                                            [](auto a, auto b) TFORMER_LAMBDA { return a | b; }) != 0;
 #endif
 }
+#if defined(__AVX512F__)
+// A bit for each lane.
+using LaneMask = uint16_t;
+TFORMER_INLINE LaneMask greater(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+}
+#endif
 template <class T>
 TFORMER_INLINE T sum_lanes(Vec<T> v) {
   return reduce_lanes<T, kLanes<T>>(v, [](auto a, auto b) TFORMER_LAMBDA { return a + b; });
@@ -142,6 +155,11 @@ TFORMER_INLINE Vec<float> round_whole(Vec<float> x) {
 TFORMER_INLINE Vec<double> round_whole(Vec<double> x) {
   return (Vec<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+// x without the whole number below it; 0 for an infinite x.
+TFORMER_INLINE Vec<float> fraction(Vec<float> x) {
+  return (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// n need not be whole here: it counts as the whole number below it.
 TFORMER_INLINE Vec<float> times_power(Vec<float> p, Vec<float> n) {
   return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
 }

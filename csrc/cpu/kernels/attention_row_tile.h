@@ -1,0 +1,440 @@
+// The row tiles of attention_forward.h: scores of the keys that they see, weights, sums of weighted values.
+#pragma once
+
+#include "online_softmax.h"
+#include "scores.h"
+#include "scratch.h"
+#include "upcoming.h"
+
+namespace tformer::TFORMER_ISA {
+namespace {
+
+constexpr int64_t kScoreBytes = 24 * 1024, kPackedBytes = 512 * 1024;
+
+// Keys of one range: packed keys and values within half of a 1 MB L2, and of one stretch of it: scores of a row tile
+// within 24 KB of L1. A row tile of vectors takes a range as one stretch. In tile registers a stretch has a key block
+// for each strip of values, which is computed beside it, but at most four.
+template <class P>
+struct ForwardKeys {
+  int64_t range, stretch;
+
+  explicit ForwardKeys(const AttentionParams& p) {
+    const int64_t size = sizeof(typename P::Real), strip = P::kTileColumns * kLanes<typename P::Real>;
+    const int64_t all = round_up(p.Sk > 0 ? p.Sk : 1, kKeyBlock), strips = (p.Dv + strip - 1) / strip;
+    range = blocks(kPackedBytes * P::kStep / ((p.D + p.Dv) * size), all);
+    stretch = blocks(P::kTiles ? kKeyBlock * (strips < 4 ? strips : 4) : kScoreBytes / (P::kTileRows * size), range);
+    if (!P::kTiles) range = stretch;
+  }
+
+ private:
+  static int64_t blocks(int64_t keys, int64_t most) {
+    keys = keys / kKeyBlock * kKeyBlock;
+    return keys < kKeyBlock ? kKeyBlock : (keys < most ? keys : most);
+  }
+};
+
+template <class T>
+struct AttentionRowTiles {
+  using P = Pack<T>;
+  using Real = typename P::Real;
+  using Group = typename P::Group;
+  using State = OnlineSoftmax<T>;
+  using Product = ProductOperands<P>;
+  using Results = IntoRows<P, T>;
+  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows, kTileColumns = P::kTileColumns;
+  static constexpr int64_t kStrip = kTileColumns * L;  // columns of a register tile
+  static constexpr int kRowsAtOnce = 2;                // of scores that tile registers have left in memory
+
+  const AttentionParams& p;
+  const int64_t range_keys, stretch_keys, q_groups, groups, out_columns;
+  Group *keys, *values, *queries, *weights;
+  Real* scores;
+  uint8_t *live, *hidden;
+
+  AttentionRowTiles(const AttentionParams& params, Scratch& scratch)
+      : p(params),
+        range_keys(ForwardKeys<P>(p).range),
+        stretch_keys(ForwardKeys<P>(p).stretch),
+        q_groups(row_groups<P>(p.D)),
+        groups(sum_groups<P>(p.D)),
+        out_columns(round_up(p.Dv, L)) {
+    constexpr int64_t kInTurn = P::kTiles ? 2 : 1;
+    keys = scratch.take<Group>(range_keys * groups);
+    values = scratch.take<Group>(range_keys / P::kStep * out_columns);
+    queries = scratch.take<Group>(kTileRows * q_groups);
+    scores = scratch.take<Real>(kInTurn * kTileRows * score_keys());
+    weights = P::kStep == 1 ? reinterpret_cast<Group*>(scores)
+                            : scratch.take<Group>(kInTurn * kTileRows * stretch_keys / P::kStep);
+    live = scratch.take<uint8_t>(range_keys / kPanel<P>);
+    hidden = scratch.take<uint8_t>(kTileRows * stretch_keys);
+  }
+
+  // Queries [i, i + rows) of head h, or query i of heads [h, h + rows), with their sums so far.
+  struct Tile {
+    int64_t b, h, i, rows;
+    bool rows_are_heads;
+    Real* o;
+    State& state;
+
+    int64_t head(int64_t r) const { return rows_are_heads ? h + r : h; }
+    int64_t query(int64_t r) const { return rows_are_heads ? i : i + r; }
+    int64_t last_query() const { return query(rows - 1); }
+  };
+
+  // Keys of a range, from the first one of a panel on; a whole number of vectors.
+  struct Span {
+    int64_t begin, end;
+  };
+
+  // Keys [from, to) of the range from key0, in the stretch from `begin` on.
+  struct Keys {
+    int64_t key0, begin, from, to;
+
+    int64_t at() const { return from - begin; }
+    int64_t count() const { return to - from; }
+  };
+
+  // Those of the keys [key0, key0 + padded) that some row of the tile sees.
+  Span seen_keys(const Scores<Real>& row_scores, const Tile& tile, int64_t key0, int64_t padded) const {
+    const KeyRange& range = row_scores.range;
+    // what some row of the tile sees by position, and what all of them see
+    const int64_t seen = clamp(range.begin(tile.i) - key0, 0, padded);
+    const int64_t seen_end = clamp(range.end(tile.last_query()) - key0, 0, padded);
+    if (seen >= seen_end) return {0, 0};
+    int64_t first = seen / kPanel<P>, last = panels(seen_end);
+    for (int64_t n = first; n < last; ++n) live[n] = 1;
+    if (row_scores.mask) leave_out_hidden(row_scores, tile, key0, first, last);
+    if (first >= last) return {0, 0};
+    // whole key blocks, so that rows start on a Philox block; of the last panel only vectors that a row sees a key of
+    first = first * kPanel<P> / kKeyBlock * kKeyBlock / kPanel<P>;
+    const int64_t begin = first * kPanel<P>, vectors = round_up(seen_end, kColumnUnit<P>);
+    return {begin, vectors < last * kPanel<P> ? vectors : last * kPanel<P>};
+  }
+
+  // Keys of which scores are in memory at a time: a stretch; in tile registers, so many as L1 has beside all else.
+  int64_t score_keys() const { return P::kTiles ? kKeyBlock : stretch_keys; }
+
+  // The weights of one row tile.
+  void weigh(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, int64_t key0, const Span& seen,
+             int64_t fetches, bool finite, Upcoming<T>& next) {
+    if (seen.begin >= seen.end) return;
+    Real rescale[kTileRows];
+    for (int64_t r = 0; r < tile.rows; ++r) rescale[r] = 1;
+    const bool plain = kTileColumns == 4 && row_scores.plain && finite && p.dropout_p == 0;
+    const int64_t step = plain ? kPanel<P> : seen.end - seen.begin;
+    for (int64_t j = seen.begin; j < seen.end; j += step) {
+      const Keys some{key0, seen.begin, j, j + step < seen.end ? j + step : seen.end};
+      if (fetches-- > 0) next.fetch();
+      typename State::Bounds bounds;
+      const bool edge = plain && bounds_of(row_scores.range, tile, some, bounds);
+      if (!plain || !weigh_panel(tile, q_k, edge ? &bounds : nullptr, some, row_scores.pending_scale())) {
+        multiply_keys(q_k, tile.rows, some);
+        add_rows(row_scores, tile, some, 0, tile.rows, finite, rescale);
+      }
+      if (fetches-- > 0) next.fetch();
+    }
+    for (; fetches > 1; --fetches) next.fetch();
+    scale_sums(tile, rescale);
+  }
+
+  // What was summed before m was raised.
+  void scale_sums(const Tile& tile, const Real* rescale) const {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      if (!tile.state.empty && rescale[r] != 1) scale_row(tile.o + r * out_columns, rescale[r]);
+    }
+  }
+
+  // Which of these keys each row of the tile sees by position; false if all rows see all.
+  bool bounds_of(const KeyRange& range, const Tile& tile, const Keys& some, typename State::Bounds& bounds) const {
+    const int64_t from = some.key0 + some.from, to = some.key0 + some.to;
+    bounds.begins = from<range.begin(tile.last_query()), bounds.ends = to> range.end(tile.i);
+    if (!bounds.begins && !bounds.ends) return false;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      bounds.begin[r] = static_cast<Real>(range.begin(tile.query(r)) - from);
+      bounds.end[r] = static_cast<Real>(range.end(tile.query(r)) - from);
+    }
+    return true;
+  }
+
+  // The same in tile registers, stretch by stretch: the scores of a key block become weights beside the products of the
+  // next one, and beside those of the weights of the stretch before with their values. Returns the last stretch, whose
+  // values are still to be added.
+  Span weigh_in_tiles(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, int64_t key0,
+                      const Span& seen, bool finite, Upcoming<T>& next) {
+    if (seen.begin >= seen.end) return seen;
+    const bool plain = row_scores.plain && finite && p.dropout_p == 0;
+    const auto block = [&](int64_t begin, int64_t from) {
+      return Keys{key0, begin, from, from + kKeyBlock < seen.end ? from + kKeyBlock : seen.end};
+    };
+    multiply_keys(q_k, tile.rows, block(seen.begin, seen.begin));
+    Span before{0, 0}, stretch{seen.begin, seen.begin};
+    for (;;) {
+      stretch = {stretch.end, stretch.end + stretch_keys < seen.end ? stretch.end + stretch_keys : seen.end};
+      const int64_t blocks = (stretch.end - stretch.begin + kKeyBlock - 1) / kKeyBlock;
+      Real rescale[kTileRows];
+      for (int64_t r = 0; r < tile.rows; ++r) rescale[r] = 1;
+      for (int64_t n = 0; n < blocks; ++n) {
+        const Keys some = block(stretch.begin, stretch.begin + n * kKeyBlock), after = block(stretch.begin, some.to);
+        const int64_t strips = (out_columns + kStrip - 1) / kStrip;
+        const Span columns{strips * n / blocks * kStrip, strips * (n + 1) / blocks * kStrip};
+        weigh_block(row_scores, tile, q_k, some, after, before, columns, plain, finite, rescale);
+        for (int i = 0; i < 4; ++i) next.fetch();
+      }
+      if (before.begin < before.end) tile.state.empty = false;
+      scale_sums(tile, rescale);
+      if (stretch.end == seen.end) return stretch;
+      if (plain) {
+        before = stretch;
+      } else {
+        multiply_values(tile, stretch, finite, nullptr);
+      }
+    }
+  }
+
+  // One block of them, `some`; beside it the scores of `after`, and `columns` of the sums of the stretch `before`.
+  void weigh_block(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, const Keys& some,
+                   const Keys& after, const Span& before, const Span& columns, bool plain, bool finite, Real* rescale) {
+    typename State::Bounds bounds;
+    const bool edge = plain && bounds_of(row_scores.range, tile, some, bounds);
+    const typename State::Scaling scaling(row_scores.pending_scale());
+    const int64_t last_column = columns.end < out_columns ? columns.end : out_columns;
+    const int64_t of_values = (last_column - columns.begin) / L * ((before.end - before.begin) / kUnit<P>);
+    const int64_t products = (after.count() / L * (groups / P::kSumUnit) + of_values) * (tile.rows > L ? 2 : 1);
+    // rows for each product, in 65536ths
+    const int64_t share = products > 0 ? ((tile.rows << 16) + products - 1) / products : 0;
+    int64_t r = 0, rows_due = 0;
+    const auto weigh_until = [&](int64_t end) TFORMER_LAMBDA {
+      for (; r < end; r += kRowsAtOnce) {
+        if (plain && weigh_rows(tile, edge ? &bounds : nullptr, some, r, scaling)) continue;
+        const int64_t r_end = r + kRowsAtOnce < tile.rows ? r + kRowsAtOnce : tile.rows;
+        add_rows(row_scores, tile, some, r, r_end, finite, rescale);
+      }
+    };
+    const auto beside = [&] {
+      rows_due += share;
+      weigh_until(rows_due >> 16);
+    };
+    if (after.count() > 0) multiply_keys(q_k, tile.rows, after, beside);
+    for (int64_t column = columns.begin; of_values > 0 && column < last_column; column += kStrip) {
+      add_values(tile, before, column, beside);
+    }
+    weigh_until(tile.rows);
+  }
+
+  // A strip of columns of the weighted values of a whole stretch.
+  template <class Beside>
+  void add_values(const Tile& tile, const Span& span, int64_t column, Beside&& beside) const {
+    if constexpr (P::kTiles) {
+      const Product m{
+          weights_of(span), stretch_keys / P::kStep,           1, values + span.begin / P::kStep * out_columns,
+          out_columns,      (span.end - span.begin) / P::kStep};
+      const int vectors = column + kStrip <= out_columns ? 2 : 1;
+      tile_product(tile.rows, vectors, m, IntoSums<P>{tile.o, out_columns, !tile.state.empty}, beside, m.a,
+                   m.b + column, m.steps, int64_t{0}, column);
+    }
+  }
+
+  // Panels of [first, last) that the mask hides from all rows of the tile.
+  void leave_out_hidden(const Scores<Real>& row_scores, const Tile& tile, int64_t key0, int64_t& first,
+                        int64_t& last) const {
+    const int64_t from = first, to = last;
+    first = to, last = from;
+    for (int64_t n = from; n < to; ++n) {
+      const int64_t j = key0 + n * kPanel<P>;
+      live[n] = row_scores.any_visible(tile.i, tile.last_query() + 1, j, j + kPanel<P>);
+      if (live[n]) {
+        first = n < first ? n : first;
+        last = n + 1;
+      }
+    }
+  }
+
+  static int64_t panels(int64_t n) { return (n + kPanel<P> - 1) / kPanel<P>; }
+  static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
+
+  // q.k of a tile, but for the panel of keys.
+  Product keys_product(const Sequence& s, const Tile& tile) const {
+    const T* q = row_of<const T>(p.q, tile.b, tile.h, s.q_begin + tile.i);
+    const int64_t stride = tile.rows_are_heads ? p.q.stride[1] : p.q.stride[2];
+    Product m{queries, q_groups, 1, nullptr, kPanel<P>, groups};
+    if (in_place<P, T>(p.D, stride, tile.rows)) {
+      m.a = reinterpret_cast<const Group*>(q), m.a_row = stride / P::kStep;
+    } else {
+      pack_along_row<P>(q, stride, tile.rows, round_up(tile.rows, P::kRowUnit), p.D, queries, Unseen{});
+    }
+    return m;
+  }
+
+  // The weights of keys, at most one panel, without scores in memory; false where that is no way.
+  bool weigh_panel(const Tile& tile, const Product& m, const typename State::Bounds* seen, const Keys& some,
+                   Real scale) const {
+    if constexpr (P::kTileColumns == 4) {
+      const Group* panel = keys + some.from * groups;
+      Group* to_weights = weights + some.at() / P::kStep;
+      switch (some.count() / L) {
+        case 1:
+          return weigh_columns<1>(tile, m, seen, panel, scale, to_weights);
+        case 2:
+          return weigh_columns<2>(tile, m, seen, panel, scale, to_weights);
+        case 3:
+          return weigh_columns<3>(tile, m, seen, panel, scale, to_weights);
+        default:
+          return weigh_columns<4>(tile, m, seen, panel, scale, to_weights);
+      }
+    }
+    return false;
+  }
+
+  template <int kColumns>
+  bool weigh_columns(const Tile& tile, const Product& m, const typename State::Bounds* seen, const Group* panel,
+                     Real scale, Group* w) const {
+    const int64_t w_row = stretch_keys / P::kStep;
+    switch (tile.rows) {
+      case 1:
+        return tile.state.template weigh_tile<1, kColumns>(m, panel, seen, scale, w, w_row);
+      case 2:
+        return tile.state.template weigh_tile<2, kColumns>(m, panel, seen, scale, w, w_row);
+      case 3:
+        return tile.state.template weigh_tile<3, kColumns>(m, panel, seen, scale, w, w_row);
+      case 4:
+        return tile.state.template weigh_tile<4, kColumns>(m, panel, seen, scale, w, w_row);
+      case 5:
+        return tile.state.template weigh_tile<5, kColumns>(m, panel, seen, scale, w, w_row);
+      default:
+        return tile.state.template weigh_tile<kTileRows, kColumns>(m, panel, seen, scale, w, w_row);
+    }
+  }
+
+  // Likewise of kRowsAtOnce rows from r, whose scores of at most one key block are in memory.
+  template <class Scaling>
+  bool weigh_rows(const Tile& tile, const typename State::Bounds* seen, const Keys& some, int64_t r,
+                  const Scaling& by) const {
+    const int64_t row = score_keys(), w_row = stretch_keys / P::kStep;
+    const Real* from = scores_of(r, some);
+    Group* to = weights_of({some.begin, some.to}) + r * w_row + some.at() / P::kStep;
+    constexpr int kAll = static_cast<int>(kKeyBlock / L);
+    return some.count() == kKeyBlock
+               ? tile.state.template weigh_scores<kRowsAtOnce, kAll>(r, from, row, seen, by, to, w_row)
+               : tile.state.template weigh_scores<kRowsAtOnce, kAll / 2>(r, from, row, seen, by, to, w_row);
+  }
+
+  // Scores in memory of the rows [r_begin, r_end) become weights; those of the stretch that are before them are so
+  // already.
+  void add_rows(const Scores<Real>& row_scores, const Tile& tile, const Keys& some, int64_t r_begin, int64_t r_end,
+                bool finite, Real* rescale) {
+    const int64_t at = some.at(), n = some.count(), key = some.key0 + some.from;
+    const Real scale = row_scores.pending_scale();
+    Vec<Real> top[kTileRows];
+    for (int64_t r = r_begin; r < r_end; ++r) {
+      Real* row = scores_of(r, some);
+      row_scores.finish_row(row, tile.query(r), key, n, nullptr);
+      top[r] = State::largest(row, n);
+      if (!finite) {
+        for (int64_t j = 0; j < n; ++j) hidden[r * stretch_keys + at + j] = row[j] == -kInfinity<Real>;
+      }
+    }
+    for (int64_t r = r_begin; r < r_end; ++r) {
+      const Real factor = tile.state.raise(r, top[r], scale);
+      if (factor == 1) continue;
+      rescale[r] *= factor;
+      Group* w = weights_of({some.begin, some.to}) + r * stretch_keys / P::kStep;
+      for (int64_t j = 0; j < at / P::kStep; j += L) store(w + j, P::scaled(load(w + j), factor));
+    }
+    for (int64_t r = r_begin; r < r_end; ++r) {
+      Real* row = scores_of(r, some);
+      Group* row_weights = weights_of({some.begin, some.to}) + (r * stretch_keys + at) / P::kStep;
+      tile.state.weigh(r, row, n, scale, p.dropout_p > 0 ? nullptr : row_weights);
+      if (p.dropout_p > 0) {
+        drop_row(row, tile.b, tile.head(r), tile.query(r), key, n);
+        narrow_along_row<P>(row, n, row_weights);
+      }
+    }
+  }
+
+  // In tile registers there are weights of two stretches, in turn.
+  Group* weights_of(const Span& stretch) const {
+    return weights + (P::kTiles ? stretch.begin / stretch_keys % 2 * (kTileRows * stretch_keys / P::kStep) : 0);
+  }
+
+  // In tile registers there are scores of two key blocks, in turn.
+  Real* scores_of(int64_t r, const Keys& some) const {
+    if (!P::kTiles) return scores + r * stretch_keys + some.at();
+    return scores + (some.from / kKeyBlock % 2 * kTileRows + r) * kKeyBlock;
+  }
+
+  void multiply_keys(const Product& m, int64_t rows, const Keys& some) const {
+    multiply_keys(m, rows, some, []() TFORMER_LAMBDA {});
+  }
+
+  // beside: see tile_registers.
+  template <class Beside>
+  void multiply_keys(Product m, int64_t rows, const Keys& some, Beside&& beside) const {
+    Real* to = scores_of(0, some);
+    for (int64_t n = some.from / kPanel<P>; n * kPanel<P> < some.to; ++n) {
+      const int64_t columns = some.to - n * kPanel<P> < kPanel<P> ? some.to - n * kPanel<P> : kPanel<P>;
+      const IntoSums<P> panel{to + n * kPanel<P> - some.from, score_keys(), false};
+      m.b = keys + n * groups * kPanel<P>;
+      if (live[n]) {
+        if constexpr (P::kTiles) {
+          tile_product(rows, static_cast<int>(columns / L), m, panel, beside, m.a, m.b, m.steps, int64_t{0},
+                       int64_t{0});
+        } else {
+          product<P>(m, rows, columns, panel);
+        }
+      } else {
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t j = 0; j < columns; ++j) panel.c[r * score_keys() + j] = -kInfinity<Real>;
+        }
+      }
+    }
+  }
+
+  // Adds the weighted values of a stretch to the tile's sums; or, where `results` are asked for, writes all of the sums
+  // there.
+  void multiply_values(const Tile& tile, const Span& span, bool finite, const Results* results) const {
+    constexpr int64_t kSumPanels = 256 / kPanel<P>;  // keys in one running sum
+    const int64_t last = panels(span.end);
+    for (int64_t n = span.begin / kPanel<P>; n < last;) {
+      int64_t run = n + 1;
+      while (run < last && live[run] == live[n] && run % kSumPanels != 0) ++run;
+      if (live[n]) {
+        const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < span.end ? run * kPanel<P> : span.end;
+        const Product m{weights_of(span) + (j - span.begin) / P::kStep,
+                        stretch_keys / P::kStep,
+                        1,
+                        values + j / P::kStep * out_columns,
+                        out_columns,
+                        (stop - j) / P::kStep};
+        const IntoSums<P> sums{tile.o, out_columns, !tile.state.empty};
+        if (!finite) {
+          product_without_hidden<P>(m, tile.rows, out_columns, sums, hidden + j - span.begin, stretch_keys, 1);
+        } else if (results && run == last) {
+          *results->progress = tile.state.empty ? kLast : kLast | kSums;
+          product<P>(m, tile.rows, out_columns, *results);
+        } else {
+          product<P>(m, tile.rows, out_columns, sums);
+        }
+        tile.state.empty = false;
+      }
+      n = run;
+    }
+  }
+
+  void scale_row(Real* o, Real by) const {
+    for (int64_t d = 0; d < out_columns; d += L) store(o + d, load(o + d) * by);
+  }
+
+  void drop_row(Real* row, int64_t b, int64_t h, int64_t i, int64_t key, int64_t n) const {
+    const Dropout dropout(p.dropout_p, p.dropout_seed);
+    const DropoutRow counter{static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
+    alignas(64) Real factor[kPhiloxBlock];
+    for (int64_t j = 0; j < n; j += kPhiloxBlock) {
+      const int64_t count = n - j < kPhiloxBlock ? n - j : kPhiloxBlock;
+      dropout.factors(counter, key + j, count, factor);
+      for (int64_t c = 0; c < count; ++c) row[j + c] *= factor[c];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace tformer::TFORMER_ISA
