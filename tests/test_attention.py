@@ -23,25 +23,29 @@ def dtypes_of(case):
     return DTYPES if case.shape[4] < 2000 else (torch.float32, torch.bfloat16)
 
 
+def check_values_and_gradients(case, qkv, options, dtype):
+    """F.attention of these tensors of dtype, out, lse and all gradients, against float64."""
+    B, Hq, _, Sq, _, _, Dv = case.shape
+    cotangents = torch.randn(B, Hq, Sq, Dv).to(dtype), torch.randn(B, Hq, Sq)
+    golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
+    same = yardsticks(qkv, options, cotangents, yardstick_dtype(dtype))
+    leaves, keywords = in_dtype(qkv, options, dtype, True)
+    poison(((B, Hq, Sq, Dv), dtype), ((B, Hq, Sq), torch.float32))
+    actual = gradients(F.attention, leaves, keywords, cotangents)
+
+    forms = list(zip(*same, strict=True))
+    for name, a, g, f in zip(("out", "lse"), actual[0], golden[0], forms[:2], strict=True):
+        assert_close(a.detach(), g.detach(), farther(f, g.detach()), f"{dtype} {name}")
+    for name, a, g, f in zip(NAMES, actual[1], golden[1], forms[2:], strict=False):
+        assert_gradient_close(a, g, farther(f, g), f"{dtype} gradient of {name}")
+        assert a.dtype == dtype
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case, attention_kernels):
     for dtype in dtypes_of(case):
         torch.manual_seed(1)
-        qkv, options = tensors(case, dtype)
-        B, Hq, _, Sq, _, _, Dv = case.shape
-        cotangents = torch.randn(B, Hq, Sq, Dv).to(dtype), torch.randn(B, Hq, Sq)
-        golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
-        same = yardsticks(qkv, options, cotangents, yardstick_dtype(dtype))
-        leaves, keywords = in_dtype(qkv, options, dtype, True)
-        poison(((B, Hq, Sq, Dv), dtype), ((B, Hq, Sq), torch.float32))
-        actual = gradients(F.attention, leaves, keywords, cotangents)
-
-        forms = list(zip(*same, strict=True))
-        for name, a, g, f in zip(("out", "lse"), actual[0], golden[0], forms[:2], strict=True):
-            assert_close(a.detach(), g.detach(), farther(f, g.detach()), f"{dtype} {name}")
-        for name, a, g, f in zip(NAMES, actual[1], golden[1], forms[2:], strict=False):
-            assert_gradient_close(a, g, farther(f, g), f"{dtype} gradient of {name}")
-            assert a.dtype == dtype
+        check_values_and_gradients(case, *tensors(case, dtype), dtype)
 
 
 @pytest.mark.parametrize("bias_dtype", DTYPES)
@@ -217,18 +221,16 @@ def test_bfloat16_in_parts_of_tiles(case, isa):
     qkv, options = tensors(case, torch.bfloat16)
     if case.mask:
         options["mask"][..., 64:384] = False
-    B, Hq, _, Sq, _, _, Dv = case.shape
-    cotangents = torch.randn(B, Hq, Sq, Dv).bfloat16(), torch.randn(B, Hq, Sq)
-    golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
-    same = yardsticks(qkv, options, cotangents, torch.bfloat16)
-    leaves, keywords = in_dtype(qkv, options, torch.bfloat16, True)
-    poison(((B, Hq, Sq, Dv), torch.bfloat16), ((B, Hq, Sq), torch.float32))
-    actual = gradients(F.attention, leaves, keywords, cotangents)
-    forms = list(zip(*same, strict=True))
-    for name, a, g, f in zip(("out", "lse"), actual[0], golden[0], forms[:2], strict=True):
-        assert_close(a.detach(), g.detach(), farther(f, g.detach()), name)
-    for name, a, g, f in zip(NAMES, actual[1], golden[1], forms[2:], strict=False):
-        assert_gradient_close(a, g, farther(f, g), f"gradient of {name}")
+    check_values_and_gradients(case, qkv, options, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_too_large_to_be_scaled_before_the_largest_is_subtracted(dtype, isa):
+    q, k, v = (torch.randn(1, 2, 70, 64).to(dtype) for _ in range(3))
+    q, k = 3e7 * q, 3e7 * k
+    out = F.attention(q, k, v, causal=True)
+    golden = reference.attention(*(t.double() for t in (q, k, v)), causal=True)
+    assert_close(out, golden, reference.attention(q, k, v, causal=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

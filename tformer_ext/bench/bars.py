@@ -29,7 +29,7 @@ class Bar:
 
 
 def bars(records: Iterable[Record], native_bf16: bool) -> list[Bar]:
-    """All bars. native_bf16: whether the kernels in use multiply bfloat16."""
+    """All bars. native_bf16: whether vectors multiply bfloat16 (AVX512_BF16): there are no bars for tile registers."""
     cases = by_case(records)
     found = [
         _mean_ratio("attention forward over torch SDPA, grid", cases, 2.5, SDPA, _grid("forward")),
