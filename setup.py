@@ -36,6 +36,7 @@ HOST_SOURCES = [
     "csrc/module.cpp",
     "csrc/cpu/block_cache.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/split.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/residual_norm.cpp",
 ]

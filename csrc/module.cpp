@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/block_cache.h"
 #include "cpu/isa.h"
+#include "cpu/split.h"
 #include "params.h"
 
 namespace tformer {
@@ -42,6 +44,15 @@ tformer::DType dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype: expected one of float64, float32, bfloat16, float16, got '" + name + "'");
 }
 
+bool splits_products(const std::string& dtype, const std::array<int64_t, 4>& sizes, bool causal,
+                     const std::array<int64_t, 2>& window, bool backward) {
+  tformer::AttentionParams p{};
+  p.dtype = dtype_of(dtype), p.causal = causal ? tformer::kUpperLeft : tformer::kNotCausal;
+  p.Sq = sizes[0], p.Sk = sizes[1], p.D = sizes[2], p.Dv = sizes[3];
+  p.window_left = window[0], p.window_right = window[1];
+  return tformer::splits_products(p, backward);
+}
+
 // Operations per second of the calling thread: the fastest of many short runs, since whatever disturbs one slows it.
 double measure_ceiling(const std::string& kind, const std::string& dtype_name, double seconds) {
   using Clock = std::chrono::steady_clock;
@@ -71,8 +82,9 @@ double measure_ceiling(const std::string& kind, const std::string& dtype_name, d
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the operators on import; chooses the CPU instruction set; tells how it was built.";
-  // Throws on a wrong TFORMER_CPU_ISA, which Python sees as ImportError.
+  // They throw on a wrong TFORMER_CPU_ISA or TFORMER_CPU_SPLIT, which Python sees as ImportError.
   tformer::set_cpu_isa_from_environment();
+  tformer::set_cpu_split_from_environment();
 
   m.def("built_isas", &tformer::built_cpu_isas, "Instruction sets compiled in, least capable first.");
   m.def("supported_isas", &tformer::supported_cpu_isas,
@@ -81,6 +93,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const std::string& name) { tformer::set_cpu_isa(name); }, py::arg("name"),
       "Uses the kernels of this instruction set from now on, in all threads. ValueError lists what can be.");
+  m.def(
+      "set_cpu_split", [](const std::string& name) { tformer::set_cpu_split(name); }, py::arg("name"),
+      "Whether float32 and float16 attention multiplies bfloat16 slices in tile registers from now on, in all threads: "
+      "auto, always or never.");
+  m.def("cpu_split", &tformer::cpu_split, "What set_cpu_split or TFORMER_CPU_SPLIT chose.");
+  m.def("splits_products", &splits_products, py::arg("dtype"), py::arg("sizes"), py::arg("causal"), py::arg("window"),
+        py::arg("backward"),
+        "Whether the kernels do so for sizes (Sq, Sk, D, Dv) and a window (left, right), -1 = none.");
   m.def("vector_bytes", [] { return tformer::cpu_kernels().vector_bytes; }, "Width of its vector registers.");
   m.def("measure_ceiling", &measure_ceiling, py::arg("kind"), py::arg("dtype"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(),

@@ -52,6 +52,7 @@ struct AttentionParams {
   int64_t window_left, window_right;  // -1 = unbounded
   double scale, softcap;              // softcap 0 = none
   double dropout_p;                   // 0 = none
+  bool split;                         // CPU: products of numbers split into slices, see cpu/split.h
   const int64_t* dropout_seed;        // one element, null without dropout
 
   // Forward only: keys of a part, where the keys of a row are computed in parts that are merged in the end; else 0.

@@ -14,13 +14,30 @@ from tformer_ext.ops import attention, residual_norm
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(params=_C.supported_isas())
+ISAS = _C.supported_isas()
+# and with attention's products from bfloat16 slices, however small they are
+ISAS_OF_ATTENTION = [*ISAS, *(f"{isa}-split" for isa in ISAS if isa == "amxbf16")]
+
+
+def _use_isa(request):
+    before = _C.cpu_isa(), _C.cpu_split()
+    isa, _, split = request.param.partition("-")
+    _C.set_cpu_isa(isa)
+    _C.set_cpu_split("always" if split else "auto")
+    request.addfinalizer(lambda: (_C.set_cpu_isa(before[0]), _C.set_cpu_split(before[1])))
+    return request.param
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
     """Runs the test once with the kernels of every instruction set that this CPU has."""
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
+    return _use_isa(request)
+
+
+@pytest.fixture(params=ISAS_OF_ATTENTION)
+def isa_of_attention(request):
+    """As isa, for attention."""
+    return _use_isa(request)
 
 
 @pytest.fixture
@@ -90,22 +107,25 @@ def _use(request):
     if request.param in ("emulated", "cuda"):
         request.getfixturevalue(request.param)
         return request.param
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    request.addfinalizer(lambda: _C.set_cpu_isa(before))
-    return request.param
+    return _use_isa(request)
 
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
-@pytest.fixture(params=[*_C.supported_isas(), "emulated", ON_GPU])
+@pytest.fixture(params=[*ISAS, "emulated", ON_GPU])
 def kernels(request):
     """Runs the test once with the kernels of every instruction set, with the emulated CUDA kernels and on a GPU."""
     return _use(request)
 
 
-@pytest.fixture(params=[*_C.supported_isas(), ON_GPU])
+@pytest.fixture(params=[*ISAS_OF_ATTENTION, "emulated", ON_GPU])
+def attention_kernels_emulated_too(request):
+    """As kernels, for attention."""
+    return _use(request)
+
+
+@pytest.fixture(params=[*ISAS_OF_ATTENTION, ON_GPU])
 def attention_kernels(request):
     """As kernels, for attention: the emulation takes long for it and has tests of its own."""
     name = _use(request)

@@ -66,7 +66,7 @@ def test_bias_of_another_dtype(bias_dtype, attention_kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_most_negative_bias_still_takes_part(dtype, kernels):
+def test_most_negative_bias_still_takes_part(dtype, attention_kernels_emulated_too):
     """Masks written as the most negative number leave a fully masked row uniform, as the formula says."""
     q, k, v = (torch.randn(1, 1, 9, 8, dtype=dtype) for _ in range(3))
     bias = torch.zeros(9, 9, dtype=dtype)
@@ -88,7 +88,7 @@ def test_output_keeps_the_memory_order_of_query(layout):
 
 @pytest.mark.parametrize("shape", [(0, 2, 2, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_empty(shape, sinks, kernels):
+def test_empty(shape, sinks, attention_kernels_emulated_too):
     qkv, options = tensors(Case("", shape, sinks=sinks, bias=(1, 2, 1, 1)), torch.float32)
     leaves, options = in_dtype(qkv, options, torch.float32, True)
     out, lse = F.attention(*leaves, **options, return_lse=True)
@@ -100,7 +100,7 @@ def test_empty(shape, sinks, kernels):
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
-def test_dead_rows_are_zero_with_zero_gradients(kernels):
+def test_dead_rows_are_zero_with_zero_gradients(attention_kernels_emulated_too):
     for dtype in DTYPES:
         q, k, v = (torch.randn(1, 2, 70, 16, dtype=dtype, requires_grad=True) for _ in range(3))
         mask = torch.ones(70, 70, dtype=torch.bool)
@@ -140,7 +140,7 @@ def test_gradients_where_a_mask_hides_what_would_have_come_last(value, attention
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, kernels):
+def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, attention_kernels_emulated_too):
     leaves = [torch.randn(1, 1, 100, 16).to(dtype) for _ in range(3)]
     leaves[("query", "key", "value").index(where)][0, 0, 50, 3] = bad
     leaves = [t.requires_grad_() for t in leaves]
@@ -157,7 +157,7 @@ def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_hidden_garbage_reaches_nothing(dtype, kernels):
+def test_hidden_garbage_reaches_nothing(dtype, attention_kernels_emulated_too):
     """What padding holds does not matter, not even NaN."""
     q, k, v = (torch.randn(2, 2, 130, 32, dtype=dtype, requires_grad=True) for _ in range(3))
     lengths = torch.tensor([130, 77])
@@ -216,16 +216,17 @@ TILE_CASES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("case", TILE_CASES, ids=str)
-def test_bfloat16_in_parts_of_tiles(case, isa):
-    qkv, options = tensors(case, torch.bfloat16)
+def test_parts_of_tiles(case, dtype, isa_of_attention):
+    qkv, options = tensors(case, dtype)
     if case.mask:
         options["mask"][..., 64:384] = False
-    check_values_and_gradients(case, qkv, options, torch.bfloat16)
+    check_values_and_gradients(case, qkv, options, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_too_large_to_be_scaled_before_the_largest_is_subtracted(dtype, isa):
+def test_scores_too_large_to_be_scaled_before_the_largest_is_subtracted(dtype, isa_of_attention):
     q, k, v = (torch.randn(1, 2, 70, 64).to(dtype) for _ in range(3))
     q, k = 3e7 * q, 3e7 * k
     out = F.attention(q, k, v, causal=True)
@@ -234,7 +235,7 @@ def test_scores_too_large_to_be_scaled_before_the_largest_is_subtracted(dtype, i
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_do_not_depend_on_each_other(dtype, isa):
+def test_rows_do_not_depend_on_each_other(dtype, isa_of_attention):
     """A row whose scores rise along the keys takes another way than its neighbours in a tile; their bits stay."""
     q, k, v = (torch.randn(1, 2, n, 64).to(dtype) for n in (70, 600, 600))
     k *= torch.linspace(0.1, 2, 600)[:, None].to(dtype)

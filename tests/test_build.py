@@ -115,6 +115,22 @@ def test_environment_with_an_unusable_isa_fails_the_import(isa):
     assert message.endswith("expected one of " + ", ".join(_C.supported_isas()))
 
 
+@pytest.mark.parametrize("split", ["auto", "always", "never", ""])
+def test_environment_chooses_whether_to_split(split):
+    result = run_python("-c", "import tformer_ext; print(tformer_ext._C.cpu_split())", TFORMER_CPU_SPLIT=split)
+    assert result.stdout.strip() == (split or "auto"), result.stderr
+
+
+def test_a_wrong_choice_whether_to_split():
+    result = run_python("-c", "import tformer_ext", TFORMER_CPU_SPLIT="yes")
+    message = result.stderr.strip().splitlines()[-1]
+    assert message == "ImportError: TFORMER_CPU_SPLIT: 'yes', expected one of auto, always, never"
+    before = _C.cpu_split()
+    with pytest.raises(ValueError, match="set_cpu_split: 'yes', expected one of auto"):
+        _C.set_cpu_split("yes")
+    assert _C.cpu_split() == before
+
+
 @pytest.mark.parametrize("isa", [*UNUSABLE, ""])
 def test_set_cpu_isa_refuses_an_unusable_isa(isa):
     before = _C.cpu_isa()

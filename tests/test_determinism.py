@@ -38,7 +38,7 @@ SPLIT = [c for c in CASES if c.shape[3] >= 70 or c.bias or "several" in c.name o
 
 @pytest.mark.parametrize("case", SPLIT, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_does_not_depend_on_threads(case, dtype, isa, threads):
+def test_attention_does_not_depend_on_threads(case, dtype, isa_of_attention, threads):
     threads(1)
     expected = attention_results(case, dtype)
     for count in (2, 5):
@@ -58,7 +58,7 @@ def test_norm_does_not_depend_on_threads(dtype, isa, threads):
 BIG = next(c for c in CASES if c.name == "everything")
 
 
-def test_repeated_runs(isa):
+def test_repeated_runs(isa_of_attention):
     expected = attention_results(BIG, torch.float32)
     for _ in range(5):
         assert_same_bits(attention_results(BIG, torch.float32), expected)

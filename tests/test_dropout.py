@@ -11,7 +11,7 @@ SEEDS = (0, 1, -1, 2**62 - 1, 123456789012345)
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
-def test_attention_mask_is_the_references(seed, p, isa):
+def test_attention_mask_is_the_references(seed, p, isa_of_attention):
     B, H, Sq, Sk = 2, 3, 7, 150
     q, k = torch.zeros(B, H, Sq, 4), torch.zeros(B, H, Sk, 4)
     out = F.attention(q, k, torch.eye(Sk).expand(B, H, Sk, Sk), dropout_p=p, dropout_seed=seed)

@@ -24,6 +24,27 @@ def test_bf16(isa):
     assert any("float32 speed" in note for note in told.notes) == (isa not in ("avx512bf16", "amxbf16"))
 
 
+SPLIT = [
+    (torch.float32, 256, {}, True, False),
+    (torch.float32, 512, {}, True, True),
+    (torch.float32, 512, {"causal": True}, True, False),
+    (torch.float32, 2048, {"window": (100, 0)}, False, False),
+    (torch.float16, 128, {}, True, True),
+    (torch.float32, 128, {}, False, False),
+    (torch.float64, 512, {}, False, False),
+    (torch.bfloat16, 512, {}, False, False),
+]
+
+
+@pytest.mark.parametrize("dtype, length, options, forward, backward", SPLIT)
+def test_products_of_slices(dtype, length, options, forward, backward, isa):
+    q = torch.empty(1, 1, length, 64, dtype=dtype)
+    told = tx.explain(q, q, q, **options)
+    can = isa == "amxbf16"
+    assert ("slices" in told.product) == (can and (forward or backward))
+    assert any("backward is too small" in note for note in told.notes) == (can and forward and not backward)
+
+
 def test_copies_and_bias():
     q = torch.randn(1, 2, 8, 5).transpose(2, 3)
     bias = torch.randn(5, 5, requires_grad=True)

@@ -81,6 +81,14 @@ def explain(query, key, value, **options):
         torch.float16: "float16 widened to float32",
         torch.bfloat16: bf16_products.get(isa, "bfloat16 widened to float32"),
     }[query.dtype]
+    forward, backward = _splits(query, key, value, options)
+    if forward or backward:
+        slices = "{} split into {} bfloat16 slices in tile registers (tdpbf16ps)".format(
+            *("float16", "two") if query.dtype == torch.float16 else ("float32", "three")
+        )
+        if not forward or not backward:
+            notes.append(f"{'forward' if backward else 'backward'} is too small to gain from slices: {product}")
+        product = slices
     if query.dtype == torch.bfloat16 and not native_bf16:
         why = (
             "TFORMER_CPU_ISA or set_cpu_isa chose a lesser one"
@@ -96,6 +104,14 @@ def explain(query, key, value, **options):
         notes.append("the bias wants a gradient: where batches or heads share it, backward computes scores twice")
     notes += [SECOND_DERIVATIVE, *operand_notes(query, key, value, options)]
     return Explanation("cpu", isa, product, _C.vector_bytes(), tuple(notes), call)
+
+
+def _splits(query, key, value, options):
+    """Whether forward's products, and backward's, are made of numbers split into slices."""
+    sizes, causal = (query.shape[2], key.shape[2], query.shape[3], value.shape[3]), bool(options.get("causal", False))
+    window = (-1, -1) if options.get("window") is None else check.window_pair(options["window"])
+    dtype = str(query.dtype).removeprefix("torch.")
+    return [_C.splits_products(dtype, sizes, causal, window, backward) for backward in (False, True)]
 
 
 def _describe(query, key, value, options):

@@ -6,6 +6,7 @@
 #include "../key_range.h"
 #include "isa.h"
 #include "parallel.h"
+#include "split.h"
 
 namespace tformer {
 namespace {
@@ -224,6 +225,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
 
   const CpuKernels& kernels = cpu_kernels();
   p.part_keys = keys_of_part(p);
+  p.split = splits_products(p, false);
   std::optional<Tensor> parts;
   if (p.part_keys) {
     parts =
@@ -347,6 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   parallel_tasks(static_cast<int64_t>(sink_parts.size()), static_cast<double>(query.numel()), [&](int64_t n) {
     sink_parts[static_cast<size_t>(n)] = kernels.attention_sink_gradient(p, n / p.Hq, n % p.Hq);
   });
+  p.split = splits_products(p, true);
   const Work work = backward_work(p, bias_gradient.has_rows);
   parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n) {
     const AttentionTask& task = work.tasks[static_cast<size_t>(n)];

@@ -21,6 +21,7 @@ struct NormParams;
 struct CpuKernels {
   const char* name;
   int vector_bytes;
+  bool splits;  // attention has products of float32 and float16 from bfloat16 slices
 
   void (*attention_forward)(const AttentionParams&, const AttentionTask&, void* scratch);
   void (*attention_merge)(const AttentionParams&, const AttentionTask&, void* scratch);

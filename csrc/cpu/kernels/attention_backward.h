@@ -22,17 +22,16 @@ TFORMER_INLINE double row_product(const T* go, const T* o, int64_t width) {
   return static_cast<double>(sum_lanes<Real>(acc));
 }
 
-template <class T>
-class AttentionBackward : AttentionGradientRows<T> {
-  using Base = AttentionGradientRows<T>;
+template <class T, class P = Pack<T>>
+class AttentionBackward : AttentionGradientRows<T, P> {
+  using Base = AttentionGradientRows<T, P>;
   using typename Base::BlockRows;
-  using P = Pack<T>;
   using Real = typename P::Real;
   using Group = typename P::Group;
-  using Base::delta, Base::ds_along, Base::ds_t, Base::hidden, Base::lse, Base::p_t;
+  using Base::delta, Base::ds_along, Base::ds_down, Base::hidden, Base::lse, Base::p_down;
   using Base::dp, Base::p, Base::s;
-  using Base::kQueries, Base::kKeys, Base::kRowsAtATime;
-  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows;
+  using Base::kQueries, Base::kKeys, Base::kRowsAtATime, Base::kAlong, Base::kDown;
+  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows, kSlices = P::kSlices;
   // Row tiles of the sums over a block.
   static constexpr int64_t kQueryTiles = kQueries / kTileRows, kKeyTiles = (kKeys + kTileRows - 1) / kTileRows;
 
@@ -44,11 +43,9 @@ class AttentionBackward : AttentionGradientRows<T> {
 
   // Operands by the letters of the formulas; _t: transposed panels, _down: summed down the rows.
   Group *k_t, *v_t, *k_down, *q_along, *do_along, *q_down, *do_down;
-  struct {
-    const Group* rows;
-    int64_t row;
-  } q_a, do_a;  // q and do along the row: packed, or the caller's own
-  Real *dq, *dk, *dv;
+  ProductOperands<P> q_k, do_v;  // but for the keys; q and do along the row: packed, or the caller's own
+  Real *dq, *dk, *dv;            // in tile registers dk and dv are transposed, each block of keys for itself
+  Real* row_tile;                // of dk or dv, on its way to memory
   uint8_t* q_finite;
   uint8_t *dq_progress, *dkv_progress;  // of the row tiles of dq, and of dk and of dv
   Upcoming<T> next;
@@ -67,17 +64,18 @@ class AttentionBackward : AttentionGradientRows<T> {
         v_row(row_groups<P>(p.Dv)),
         q_count(round_up(t.q_end - t.q_begin, kUnit<P>)),
         k_count(round_up(t.k_end - t.k_begin, kKeys)) {
-    k_t = scratch.take<Group>(kKeys * groups);
-    v_t = scratch.take<Group>(kKeys * v_groups);
-    k_down = scratch.take<Group>(kKeys / P::kStep * q_columns);
-    q_along = scratch.take<Group>(q_count * q_row);
-    do_along = scratch.take<Group>(q_count * v_row);
-    q_down = P::kStep == 1 ? q_along : scratch.take<Group>(q_count / P::kStep * q_columns);
-    do_down = P::kStep == 1 ? do_along : scratch.take<Group>(q_count / P::kStep * v_columns);
+    k_t = scratch.take<Group>(kKeys * kSlices * groups);
+    v_t = scratch.take<Group>(kKeys * kSlices * v_groups);
+    k_down = scratch.take<Group>(kKeys / P::kStep * kSlices * q_columns);
+    q_along = scratch.take<Group>(q_count * kSlices * q_row);
+    do_along = scratch.take<Group>(q_count * kSlices * v_row);
+    q_down = P::kStep == 1 ? q_along : scratch.take<Group>(q_count / P::kStep * kSlices * q_columns);
+    do_down = P::kStep == 1 ? do_along : scratch.take<Group>(q_count / P::kStep * kSlices * v_columns);
     dq = t.want_dq ? scratch.take<Real>(q_count * q_columns) : nullptr;
     dk = t.want_dkv ? scratch.take<Real>(k_count * q_columns) : nullptr;
     dv = t.want_dkv ? scratch.take<Real>(k_count * v_columns) : nullptr;
     q_finite = scratch.take<uint8_t>(q_count / kQueries + 1);
+    row_tile = P::kTiles ? scratch.take<Real>(kTileRows * (q_columns > v_columns ? q_columns : v_columns)) : nullptr;
     dq_progress = scratch.take<uint8_t>(dq_tiles());
     dkv_progress = scratch.take<uint8_t>(dkv_tiles());
     bytes = scratch.used();
@@ -121,7 +119,7 @@ class AttentionBackward : AttentionGradientRows<T> {
     const int64_t k_end = t.k_end < seq.Sk ? t.k_end : seq.Sk;
     if (t.q_begin >= q_end) return;
     next.spread_over((q_end - t.q_begin) * ((k_end - t.k_begin + kKeys - 1) / kKeys));
-    pack_queries(seq, b, h, t.q_begin, q_end);
+    pack_queries(seq, b, h, t.q_begin, q_end, t.want_dkv);
     std::memset(dq_progress, kNothing, static_cast<size_t>(dq_tiles()));
     const Scores<Real> scores(p, seq, b, h);
     for (int64_t key0 = t.k_begin; key0 < k_end; key0 += kKeys) {
@@ -164,30 +162,37 @@ class AttentionBackward : AttentionGradientRows<T> {
   }
 
   // Rows that are read in place where they are groups as they stand, packed otherwise.
-  void pack_queries(const Sequence& seq, int64_t b, int64_t h, int64_t i0, int64_t i1) {
+  void pack_queries(const Sequence& seq, int64_t b, int64_t h, int64_t i0, int64_t i1, bool want_dkv) {
     const T* q = row_of<const T>(p.q, b, h, seq.q_begin + i0);
     const T* go = row_of<const T>(p.grad_o, b, h, seq.q_begin + i0);
     const int64_t q_stride = p.q.stride[2], go_stride = p.grad_o.stride[2];
-    q_a = {q_along, q_row}, do_a = {do_along, v_row};
-    if (P::kStep == 2 && in_place<P, T>(p.D, q_stride, i1 - i0)) {
-      q_a = {reinterpret_cast<const Group*>(q), q_stride / P::kStep};
-    }
-    if (P::kStep == 2 && in_place<P, T>(p.Dv, go_stride, i1 - i0)) {
-      do_a = {reinterpret_cast<const Group*>(go), go_stride / P::kStep};
-    }
+    q_k = packed_product<P>(q_along, q_row, nullptr, kPanel<P>, groups, groups);
+    do_v = packed_product<P>(do_along, v_row, nullptr, kPanel<P>, v_groups, v_groups);
+    const bool q_as_is = P::kStep == 2 && in_place<P, T>(p.D, q_stride, i1 - i0);
+    const bool do_as_is = P::kStep == 2 && in_place<P, T>(p.Dv, go_stride, i1 - i0);
+    if (q_as_is) q_k.take_rows(reinterpret_cast<const Group*>(q), q_stride / P::kStep);
+    if (do_as_is) do_v.take_rows(reinterpret_cast<const Group*>(go), go_stride / P::kStep);
     for (int64_t i = 0; i < i1 - i0; i += kQueries) {
       const int64_t count = i1 - i0 - i < kQueries ? i1 - i0 - i : kQueries, padded = round_up(count, kUnit<P>);
       const T *q_rows = q + i * q_stride, *go_rows = go + i * go_stride;
       Finite<P> finite;
-      pack_down_rows<P>(q_rows, q_stride, count, padded, p.D, q_down + i / P::kStep * q_columns, finite);
-      pack_down_rows<P>(go_rows, go_stride, count, padded, p.Dv, do_down + i / P::kStep * v_columns, finite);
+      pack_down_rows<P>(q_rows, q_stride, count, padded, p.D,
+                        q_down + place_down<P>(i / P::kStep, 0, q_columns, q_count / P::kStep), q_count / P::kStep,
+                        finite);
+      pack_down_rows<P>(go_rows, go_stride, count, padded, p.Dv,
+                        do_down + place_down<P>(i / P::kStep, 0, v_columns, q_count / P::kStep), q_count / P::kStep,
+                        finite);
       q_finite[i / kQueries] = finite.holds();
-      if (q_a.rows == q_along && P::kStep == 2) {
-        pack_along_row<P>(q_rows, q_stride, count, padded, p.D, q_along + i * q_row, Unseen{});
+      if (P::kStep == 2 && !q_as_is) {
+        pack_along_row<P>(q_rows, q_stride, count, padded, p.D, q_along + place_along<P>(i, 0, q_row), Unseen{});
       }
-      if (do_a.rows == do_along && P::kStep == 2) {
-        pack_along_row<P>(go_rows, go_stride, count, padded, p.Dv, do_along + i * v_row, Unseen{});
+      if (P::kStep == 2 && !do_as_is) {
+        pack_along_row<P>(go_rows, go_stride, count, padded, p.Dv, do_along + place_along<P>(i, 0, v_row), Unseen{});
       }
+    }
+    if (P::kTiles && want_dkv) {
+      transpose_tiles<P>(q_down, q_columns, q_count / P::kStep);
+      transpose_tiles<P>(do_down, v_columns, q_count / P::kStep);
     }
     const T* o = row_of<const T>(p.o, b, h, seq.q_begin + i0);
     const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin + i0;
@@ -204,10 +209,14 @@ class AttentionBackward : AttentionGradientRows<T> {
     const T* k = row_of<const T>(p.k, keys.b, keys.h / group, seq.k_begin + keys.begin);
     const T* v = row_of<const T>(p.v, keys.b, keys.h / group, seq.k_begin + keys.begin);
     const int64_t padded = round_up(keys.count, kColumnUnit<P>);
-    pack_transposed<P>(k, p.k.stride[2], keys.count, padded, p.D, k_t);
-    pack_transposed<P>(v, p.v.stride[2], keys.count, padded, p.Dv, v_t);
     Finite<P> finite;
-    pack_down_rows<P>(k, p.k.stride[2], keys.count, padded, p.D, k_down, finite);
+    pack_transposed<P>(k, p.k.stride[2], keys.count, padded, p.D, k_t, Unseen{});
+    if constexpr (kSlices > 1) {
+      pack_transposed<P>(v, p.v.stride[2], keys.count, padded, p.Dv, v_t, finite);
+    } else {
+      pack_transposed<P>(v, p.v.stride[2], keys.count, padded, p.Dv, v_t, Unseen{});
+    }
+    pack_down_rows<P>(k, p.k.stride[2], keys.count, padded, p.D, k_down, kKeys / P::kStep, finite);
     return finite.holds();
   }
 
@@ -226,10 +235,24 @@ class AttentionBackward : AttentionGradientRows<T> {
       seen[r / kTileRows] = {range.begin(i + r) / kColumnUnit<P> * kColumnUnit<P>, end < width ? end : width};
     }
     const BlockRows block_rows{b, h, i, rows, at, key0, keys, width, finite};
+    const auto rows_end = [&](int64_t first) { return first + kRowsAtATime < rows ? first + kRowsAtATime : rows; };
+    const auto alone = []() TFORMER_LAMBDA {};
+    if (P::kTiles) multiply_keys(at, 0, rows_end(0), width, seen, finite, alone);
     for (int64_t first = 0; first < padded; first += kRowsAtATime) {
       const int64_t end = first + kRowsAtATime < padded ? first + kRowsAtATime : padded;
-      multiply_keys(at, first, end < rows ? end : rows, width, seen);
-      this->differentiate(t, scores, block_rows, first, end, seen, next);
+      int64_t left = first;
+      if constexpr (P::kTiles) {  // beside the products of the next rows
+        const int64_t after = first + kRowsAtATime;
+        const int64_t products =
+            kSlices > 1 && after < rows ? keys_products(rows_end(after) - after, seen[after / kTileRows]) : 0;
+        typename Base::RowPairs pairs(*this, scores, block_rows, first, rows_end(first), seen[first / kTileRows],
+                                      products, next);
+        if (after < rows) multiply_keys(at, after, rows_end(after), width, seen, finite, pairs);
+        left = pairs.finish();
+      } else {
+        multiply_keys(at, first, rows_end(first), width, seen, finite, alone);
+      }
+      this->differentiate(t, scores, block_rows, left, end, seen, next);
     }
     if (t.want_dkv) {
       const int64_t key = key0 - t.k_begin, row_steps = padded / P::kStep;
@@ -239,22 +262,28 @@ class AttentionBackward : AttentionGradientRows<T> {
         return Steps{(first > 0 ? first : 0) / kUnit<P> * P::kSumUnit, sum_groups<P>(end)};
       };
       uint8_t* progress = dkv_progress + 2 * key / kKeys * kKeyTiles;
-      for (int64_t n = 0; n < 2 * kKeyTiles && last_rows; ++n) progress[n] |= kLast;
-      const Gradient d_value{
-          dv + key * v_columns, v_columns, progress, row_of<T>(p.grad_v, b, h / group, seq.k_begin + key0),
-          p.grad_v.stride[2],   p.Dv,      nullptr};
-      const Gradient d_key{dk + key * q_columns,
-                           q_columns,
-                           progress + kKeyTiles,
-                           row_of<T>(p.grad_k, b, h / group, seq.k_begin + key0),
-                           p.grad_k.stride[2],
-                           p.D,
-                           nullptr};
-      const int64_t row = P::kTiles ? kQueries / P::kStep : 1, step = P::kTiles ? 1 : kKeys;
-      multiply({p_t, row, step, do_down + at / P::kStep * v_columns, v_columns, row_steps}, keys, v_columns, d_value,
-               rows_of, finite, 1, kKeys);
-      multiply({ds_t, row, step, q_down + at / P::kStep * q_columns, q_columns, row_steps}, keys, q_columns, d_key,
-               rows_of, finite, 1, kKeys);
+      const int64_t steps = q_count / P::kStep, pair = at / P::kStep;
+      if constexpr (P::kTiles) {
+        const auto add = [&](const Group* rows_t, const Group* weights, int64_t columns, Real* sums, uint8_t* have) {
+          const auto m =
+              packed_product<P>(rows_t + place_along<P>(0, pair, steps), steps, weights, kKeys, kDown, row_steps);
+          add_transposed(m, columns, width, sums + key * columns, have, rows_of, finite);
+        };
+        add(do_down, p_down, v_columns, dv, progress);
+        add(q_down, ds_down, q_columns, dk, progress + kKeyTiles);
+      } else {
+        for (int64_t n = 0; n < 2 * kKeyTiles && last_rows; ++n) progress[n] |= kLast;
+        const auto add = [&](const Group* weights, const Group* rows, int64_t columns, Real* sums, uint8_t* have,
+                             const Rows& to, int64_t to_width) {
+          const Gradient into{sums + key * columns, columns,  have,   row_of<T>(to, b, h / group, seq.k_begin + key0),
+                              to.stride[2],         to_width, nullptr};
+          rows += place_down<P>(pair, 0, columns, steps);
+          multiply({weights, 1, kKeys, rows, columns, row_steps}, keys, columns, into, rows_of, finite,
+                   {hidden, 1, kKeys, 0});
+        };
+        add(p_down, do_down, v_columns, dv, progress, p.grad_v, p.Dv);
+        add(ds_down, q_down, q_columns, dk, progress + kKeyTiles, p.grad_k, p.D);
+      }
     }
     if (t.want_dq) {
       const auto keys_of = [&](int64_t r) TFORMER_LAMBDA {
@@ -267,43 +296,90 @@ class AttentionBackward : AttentionGradientRows<T> {
       }
       const Gradient d_query{dq + at * q_columns, q_columns, progress, row_of<T>(p.grad_q, b, h, seq.q_begin + i),
                              p.grad_q.stride[2],  p.D,       nullptr};
-      multiply({ds_along, kKeys / P::kStep, 1, k_down, q_columns, width / P::kStep}, rows, q_columns, d_query, keys_of,
-               finite, kKeys, 1);
+      multiply(packed_product<P>(ds_along, kAlong, k_down, q_columns, kKeys / P::kStep, width / P::kStep), rows,
+               q_columns, d_query, keys_of, finite, {hidden, kKeys, 1, 0});
     }
   }
 
   // The products with keys of the rows [first, end) of a block: s and dp.
-  void multiply_keys(int64_t at, int64_t first, int64_t end, int64_t width, const Steps* seen) const {
+  template <class Beside>
+  void multiply_keys(int64_t at, int64_t first, int64_t end, int64_t width, const Steps* seen, bool finite,
+                     Beside&& beside) const {
     for (int64_t n = 0; n < width; n += kPanel<P>) {
-      const auto panel = [&](const Group* a, int64_t a_row, const Group* transposed, int64_t steps, Real* c) {
-        const ProductOperands<P> m{a + (at + first) * a_row, a_row, 1, transposed + n * steps, kPanel<P>, steps};
+      const auto panel = [&](ProductOperands<P> m, const Group* transposed, Real* c) {
+        m.a = m.a_at(at + first, 0), m.b = transposed + panel_place<P>(n, m.steps);
         const IntoSums<P> into{c, kKeys, false};
         for (int64_t r = first; r < end; r += kTileRows) {
           const Steps& all = seen[r / kTileRows];
           const int64_t from = all.begin > n ? all.begin : n, to = all.end < n + kPanel<P> ? all.end : n + kPanel<P>;
           if (from >= to) continue;
-          register_tile_rows<P>(end - r < kTileRows ? end - r : kTileRows, static_cast<int>((to - from) / L), m, into,
-                                m.a + (r - first) * a_row, m.b + from - n, steps, r - first, from);
+          const Group *a = m.a_at(r - first, 0), *b = m.b_at(0, from - n);
+          if (kSlices > 1 && !finite) {
+            ProductOperands<P> tile = m;
+            tile.a = a, tile.b = b;
+            const IntoSums<P> rows_of_tile{c + (r - first) * kKeys + from, kKeys, false};
+            product_without_hidden<P>(tile, end - r < kTileRows ? end - r : kTileRows, to - from, rows_of_tile,
+                                      Hidden{});
+            continue;
+          }
+          const int64_t tile_rows = end - r < kTileRows ? end - r : kTileRows;
+          const int columns = static_cast<int>((to - from) / L);
+          if constexpr (P::kTiles) {
+            tile_product(tile_rows, columns, m, into, beside, a, b, m.steps, r - first, from);
+          } else {
+            register_tile_rows<P>(tile_rows, columns, m, into, a, b, m.steps, r - first, from);
+          }
         }
       };
-      panel(q_a.rows, q_a.row, k_t, groups, s);
-      panel(do_a.rows, do_a.row, v_t, v_groups, dp);
+      panel(q_k, k_t, s + Base::scores_place(first));
+      panel(do_v, v_t, dp + Base::scores_place(first));
     }
+  }
+
+  // Instructions of them, in tile registers.
+  int64_t keys_products(int64_t rows, const Steps& seen) const {
+    if (seen.begin >= seen.end) return 0;
+    return (rows > L ? 2 : 1) * (seen.end - seen.begin) / L * (groups + v_groups) / P::kSumUnit *
+           Terms<kSlices>::kCount;
   }
 
   using Gradient = IntoRows<P, T>;
 
   template <class StepsOf>
   void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Gradient& into, StepsOf&& steps_of,
-                bool finite, int64_t hidden_row, int64_t hidden_step) const {
+                bool finite, const Hidden& terms) const {
     if (finite) {
       product<P>(m, rows, columns, into, steps_of);
     } else {
-      product_without_hidden<P>(m, rows, columns, into, hidden, hidden_row, hidden_step);
+      product_without_hidden<P>(m, rows, columns, into, terms);
     }
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const Steps sum = steps_of(r);
       into.advance(r, !finite || sum.begin < sum.end);
+    }
+  }
+
+  // Adds the product to the transposed sums of a block of keys, key tile by key tile.
+  template <class StepsOf>
+  void add_transposed(const ProductOperands<P>& m, int64_t rows, int64_t width, Real* sums, uint8_t* progress,
+                      StepsOf&& steps_of, bool finite) const {
+    for (int64_t j = 0; j < width; j += kTileRows, ++progress) {
+      const Steps sum = finite ? steps_of(j) : Steps{0, m.steps};
+      if (sum.begin >= sum.end) continue;
+      const IntoSums<P> into{sums, kKeys, *progress == kSums};
+      for (int64_t d = 0; d < rows; d += kTileRows) {
+        const int64_t count = rows - d < kTileRows ? rows - d : kTileRows;
+        if (finite) {
+          register_tile_rows<P>(count, 2, m, into, m.a_at(d, sum.begin), m.b_at(sum.begin, j), sum.end - sum.begin, d,
+                                j);
+        } else {
+          ProductOperands<P> tile = m;
+          tile.a = m.a_at(d, 0), tile.b = m.b_at(0, j);
+          product_without_hidden<P>(tile, count, kTileRows, IntoSums<P>{sums + d * kKeys + j, kKeys, into.accumulate},
+                                    {hidden + j, 0, kKeys, 1});
+        }
+      }
+      *progress = kSums;
     }
   }
 
@@ -316,10 +392,20 @@ class AttentionBackward : AttentionGradientRows<T> {
         const int64_t key = key0 - t.k_begin + j, in_block = kKeys - j < kTileRows ? kKeys - j : kTileRows;
         const int64_t rows = k_end - key0 - j < in_block ? k_end - key0 - j : in_block, seen = seen_end - key0 - j;
         const uint8_t* progress = dkv_progress + 2 * (key0 - t.k_begin) / kKeys * kKeyTiles + j / kTileRows;
-        write(progress[0], dv + key * v_columns, v_columns, p.grad_v, b, kv_head, seq.k_begin + key0 + j, rows, seen,
-              p.Dv);
-        write(progress[kKeyTiles], dk + key * q_columns, q_columns, p.grad_k, b, kv_head, seq.k_begin + key0 + j, rows,
-              seen, p.D);
+        const auto write_tile = [&](uint8_t have, const Real* block, int64_t columns, const Rows& to, int64_t width) {
+          const Real* sums = block + j * columns;
+          if (P::kTiles && have != kNothing) {
+            for (int64_t r = 0; r < kTileRows; r += L) {
+              for (int64_t d = 0; d < columns; d += L) {
+                transpose_to<Real>(block + d * kKeys + j + r, kKeys, row_tile + r * columns + d, columns);
+              }
+            }
+            sums = row_tile;
+          }
+          write(have, sums, columns, to, b, kv_head, seq.k_begin + key0 + j, rows, seen, width);
+        };
+        write_tile(progress[0], dv + (key - j) * v_columns, v_columns, p.grad_v, p.Dv);
+        write_tile(progress[kKeyTiles], dk + (key - j) * q_columns, q_columns, p.grad_k, p.D);
       }
     }
   }

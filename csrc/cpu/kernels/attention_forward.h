@@ -7,11 +7,10 @@
 namespace tformer::TFORMER_ISA {
 namespace {
 
-template <class T>
-class AttentionForward : AttentionRowTiles<T> {
-  using Base = AttentionRowTiles<T>;
+template <class T, class P = Pack<T>>
+class AttentionForward : AttentionRowTiles<T, P> {
+  using Base = AttentionRowTiles<T, P>;
   using typename Base::Product, typename Base::Results, typename Base::Span, typename Base::State, typename Base::Tile;
-  using P = Pack<T>;
   using Real = typename P::Real;
   static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows;
   using Base::clamp, Base::panels;
@@ -109,9 +108,13 @@ class AttentionForward : AttentionRowTiles<T> {
       const int64_t left = clamp(k_end - key0, 0, range_keys), padded = round_up(left, kColumnUnit<P>);
       const T* k = row_of<const T>(p.k, b, kv_head, s.k_begin + key0);
       const T* v = row_of<const T>(p.v, b, kv_head, s.k_begin + key0);
-      pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys);
+      if constexpr (P::kSlices > 1) {
+        pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys, this->finite_keys = {});
+      } else {
+        pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys, Unseen{});
+      }
       Finite<P> finite;
-      pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values, finite);
+      pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values, range_keys / P::kStep, finite);
       last = key0 + range_keys >= seen_end;
       int64_t tile = 0;
       // one query of each head, and nothing that differs between heads: they are the rows of a tile

@@ -8,34 +8,36 @@
 namespace tformer::TFORMER_ISA {
 namespace {
 
-template <class T>
+template <class T, class P>
 struct AttentionGradientRows {
-  using P = Pack<T>;
   using Real = typename P::Real;
   using Group = typename P::Group;
-  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows;
+  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows, kSlices = P::kSlices;
   // Queries and keys of one block. In vectors, its scores and their gradients stay in cache between the five products;
   // tile registers would wait for the sums of smaller blocks, and take scores from the caches a row tile at a time.
   static constexpr int64_t kQueries = P::kTiles ? 192 : 96, kKeys = P::kTiles ? 2 * kKeyBlock : kKeyBlock;
   static constexpr int64_t kRowsAtATime = P::kTiles ? kTileRows : kQueries;
+  // Their scores: in tile registers those of two row tiles, in turn.
+  static constexpr int64_t kAtATime = kRowsAtATime * kKeys, kInTurn = P::kTiles ? 2 : 1;
+  static int64_t scores_place(int64_t r) { return r / kRowsAtATime % kInTurn * kAtATime + r % kRowsAtATime * kKeys; }
+  // Groups of a row of what is summed along it, steps of what is summed down the rows.
+  static constexpr int64_t kAlong = kKeys / P::kStep, kDown = kQueries / P::kStep;
 
   const AttentionParams& p;
   // By the letters of the formulas; _down: summed down the rows.
   Real *s, *dp, *cap, *lse, *delta;
   Group *p_down, *ds_down, *ds_along;
-  Group *p_t, *ds_t;  // operands of dv and dk
   uint8_t* hidden;
 
   AttentionGradientRows(const AttentionParams& params, Scratch& scratch, int64_t q_count) : p(params) {
-    constexpr int64_t kAtATime = kRowsAtATime * kKeys, kBlock = kQueries * kKeys;
-    s = scratch.take<Real>(kAtATime);
-    dp = scratch.take<Real>(kAtATime);
+    constexpr int64_t kBlock = kQueries * kKeys;
+    s = scratch.take<Real>(kInTurn * kAtATime);
+    dp = scratch.take<Real>(kInTurn * kAtATime);
     cap = scratch.take<Real>(kKeys);
-    p_down = P::kStep == 1 ? reinterpret_cast<Group*>(s) : scratch.take<Group>(kAtATime / P::kStep);
-    ds_down = P::kStep == 1 ? reinterpret_cast<Group*>(dp) : scratch.take<Group>(kAtATime / P::kStep);
-    ds_along = P::kStep == 1 ? reinterpret_cast<Group*>(dp) : scratch.take<Group>(kBlock / P::kStep);
-    p_t = P::kTiles ? scratch.take<Group>(kBlock / P::kStep) : p_down;
-    ds_t = P::kTiles ? scratch.take<Group>(kBlock / P::kStep) : ds_down;
+    constexpr int64_t kBlockGroups = kBlock / P::kStep * kSlices;
+    p_down = P::kStep == 1 ? reinterpret_cast<Group*>(s) : scratch.take<Group>(kBlockGroups);
+    ds_down = P::kStep == 1 ? reinterpret_cast<Group*>(dp) : scratch.take<Group>(kBlockGroups);
+    ds_along = P::kStep == 1 ? reinterpret_cast<Group*>(dp) : scratch.take<Group>(kBlockGroups);
     lse = scratch.take<Real>(q_count);
     delta = scratch.take<Real>(q_count);
     hidden = scratch.take<uint8_t>(kBlock);
@@ -51,34 +53,135 @@ struct AttentionGradientRows {
   // each row tile that there are products for.
   void differentiate(const AttentionTask& t, const Scores<Real>& scores, const BlockRows& block, int64_t first,
                      int64_t end, const Steps* seen, Upcoming<T>& next) {
-    const bool plain = scores.plain && block.finite && p.dropout_p == 0;
     for (int64_t r = first; r < end; ++r) {
       next.fetch();
-      const Row row{s + (r - first) * kKeys, dp + (r - first) * kKeys, hidden + r * kKeys};
-      if constexpr (P::kTiles) {
-        if (plain && r % 2 == 0 && r + 1 < block.rows) {
-          differentiate_two(scores, block, r, first, seen[r / kTileRows]);
-          next.fetch(), ++r;
-          continue;
-        }
-      }
+      const Row row{s + scores_place(r), dp + scores_place(r), hidden + r * kKeys};
       if (r < block.rows) {
         differentiate_row(t, scores, block, r, row, seen[r / kTileRows]);
       } else {
         zero(row.s, kKeys), zero(row.dp, kKeys);
         for (int64_t j = 0; j < kKeys; ++j) row.hidden[j] = 1;
       }
-      if (r % P::kStep == P::kStep - 1) narrow(r - (P::kStep - 1), first, block.width);
-    }
-    if (P::kTiles && t.want_dkv) {
-      for (int64_t j = 0; j < block.width; j += L) {
-        transpose_to<Group>(p_down + j, kKeys, p_t + (j * kQueries + first) / P::kStep, kQueries / P::kStep);
-        transpose_to<Group>(ds_down + j, kKeys, ds_t + (j * kQueries + first) / P::kStep, kQueries / P::kStep);
-      }
+      if (r % P::kStep == P::kStep - 1) narrow(r - (P::kStep - 1), block.width);
     }
   }
 
+#if TFORMER_HAS_TILES
+  // The rows of a row tile two by two, and of them the keys that one of its tiles holds at a time, beside products:
+  // what differentiate does, with nothing but the scale and positions.
+  class RowPairs {
+   public:
+    RowPairs(const AttentionGradientRows& rows, const Scores<Real>& scores, const BlockRows& block, int64_t first,
+             int64_t end, const Steps& seen, int64_t products, Upcoming<T>& next)
+        : rows_(rows),
+          block_(block),
+          range_(scores.range.from_key(block.key0)),
+          scale_(scores.scale),
+          seen_(seen),
+          end_(scores.plain && block.finite && rows.p.dropout_p == 0 ? first + (end - first) / 2 * 2 : first),
+          next_(next),
+          r_(first),
+          j_(seen.begin) {
+      const int64_t all = (end_ - first) / 2 * ((seen.end - seen.begin + kKeysAtOnce - 1) / kKeysAtOnce);
+      share_ = products > 0 ? (all * kWhole + products - 1) / products : 0;
+    }
+
+    // Called after each of those products.
+    TFORMER_INLINE void operator()() {
+      for (due_ += share_; due_ >= kWhole; due_ -= kWhole) make_one();
+    }
+    // Returns the first row that is left.
+    int64_t finish() {
+      while (r_ < end_) make_one();
+      return r_;
+    }
+
+   private:
+    static constexpr int64_t kWhole = 65536, kKeysAtOnce = kSlices == 1 ? kKeys : 2 * L;
+
+    __attribute__((noinline)) void make_one() {
+      if (r_ >= end_) return;
+      if (j_ == seen_.begin) leave_out_unseen();
+      const int64_t end = j_ + kKeysAtOnce < seen_.end ? j_ + kKeysAtOnce : seen_.end;
+      differentiate(j_, end);
+      j_ = end;
+      if (j_ < seen_.end) return;
+      j_ = seen_.begin, r_ += 2;
+      next_.fetch(), next_.fetch();
+    }
+
+    void leave_out_unseen() const {
+      for (int64_t j = 0; j < block_.width; j += 2 * L) {
+        if (j == seen_.begin && j < seen_.end) j = seen_.end;
+        if (j == block_.width) break;
+        for (int64_t slice = 0; slice < kTileUnit<P>; slice += kTileGroups) {
+          for (int n = 0; n < 2; ++n) {
+            const int64_t pair = down(r_, j + n * L) + slice;
+            store(rows_.p_down + pair, U32{}), store(rows_.ds_down + pair, U32{});
+            store(rows_.ds_along + place_along<P>(r_ + n, j / 2, kAlong) + slice, U32{});
+          }
+        }
+      }
+    }
+
+    TFORMER_INLINE void differentiate(int64_t begin, int64_t end) const {
+      const int64_t i = block_.i + r_, at = block_.at + r_, place = scores_place(r_);
+      // copies: a store could change the members
+      const Real *const score_rows = rows_.s + place, *const dp_rows = rows_.dp + place;
+      Group *const p_down = rows_.p_down, *const ds_down = rows_.ds_down, *const ds_along = rows_.ds_along;
+      const int64_t r = r_;
+      const KeyRange range = range_;
+      const F scale = splat(scale_), to_exp2 = scale * kLog2e<float>, none = splat(-kInfinity<float>);
+      const bool edge = range.begin(i + 1) > begin || range.end(i) < end;
+      F shift[2], row_delta[2];
+      for (int n = 0; n < 2; ++n) {
+        shift[n] = splat(kSlices == 1 ? -rows_.lse[at + n] * kLog2e<float> : rows_.lse[at + n]);
+        row_delta[n] = splat(scale_ * -rows_.delta[at + n]);
+      }
+      for (int64_t j = begin; j < end; j += 2 * L) {
+        F weight[2][2], ds[2][2];
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; ++n) {
+#pragma GCC unroll 2
+          for (int v = 0; v < 2; ++v) {
+            const int64_t key = j + v * L;
+            F score = load(score_rows + n * kKeys + key);
+            if (__builtin_expect(edge, 0)) {
+              const F lane = lane_index<float>() + static_cast<float>(key);
+              score = lane < static_cast<float>(range.begin(i + n)) ? none : score;
+              score = lane < static_cast<float>(range.end(i + n)) ? score : none;
+            }
+            if constexpr (kSlices == 1) {
+              weight[n][v] = exp2_of_fraction(score * to_exp2 + shift[n]);
+            } else {
+              weight[n][v] = exp2_vec<float, T>((score * scale - shift[n]) * kLog2e<float>);
+            }
+            const F all = weight[n][v] * (load(dp_rows + n * kKeys + key) * scale + row_delta[n]);
+            ds[n][v] = score == none ? F{} : all;
+          }
+        }
+        const int64_t along = place_along<P>(r, j / 2, kAlong), pairs[] = {down(r, j), down(r, j + L)};
+        P::store_pairs(p_down + pairs[0], weight[0][0], weight[1][0]);
+        P::store_pairs(p_down + pairs[1], weight[0][1], weight[1][1]);
+        P::store_both({ds_along + along, ds_along + along + kTileSide}, {ds_down + pairs[0], ds_down + pairs[1]}, ds);
+      }
+    }
+
+    const AttentionGradientRows& rows_;
+    const BlockRows& block_;
+    const KeyRange range_;
+    const float scale_;
+    const Steps seen_;
+    const int64_t end_;
+    Upcoming<T>& next_;
+    int64_t r_, j_, share_, due_ = 0;
+  };
+#endif
+
  private:
+  // Where the pair of rows from `row` lies in p_down and ds_down, from key j on.
+  static TFORMER_INLINE int64_t down(int64_t row, int64_t j) { return place_down<P>(row / P::kStep, j, kKeys, kDown); }
+
   static void zero(Real* x, int64_t n) {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
   }
@@ -152,69 +255,21 @@ struct AttentionGradientRows {
     for (int64_t j = 0; j < keys; ++j) bias[j * p.grad_bias_stride[3]] += unscaled[j];
   }
 
-#if TFORMER_HAS_TILES
-  // differentiate_row and narrow at once for the rows r and r + 1 of a block, with nothing but the scale and positions.
-  void differentiate_two(const Scores<Real>& scores, const BlockRows& block, int64_t r, int64_t first,
-                         const Steps& seen) const {
-    const int64_t i = block.i + r, at = block.at + r, width = block.width;
-    const int64_t row = (r - first) * kKeys, pair = row / 2;
-    const F scale = splat(scores.scale), to_exp2 = scale * kLog2e<float>, none = splat(-kInfinity<float>);
-    const KeyRange range = scores.range.from_key(block.key0);
-    const bool edge = range.begin(i + 1) > 0 || range.end(i) < width;
-    F shift[2], row_delta[2];
-    for (int n = 0; n < 2; ++n) {
-      shift[n] = splat(-lse[at + n] * kLog2e<float>), row_delta[n] = scale * -delta[at + n];
-    }
-    for (int64_t j = 0; j < width; j += 2 * L) {
-      if (j == seen.begin && j < seen.end) j = seen.end;
-      if (j == width) break;
-      for (int64_t v = j; v < j + 2 * L; v += L) {
-        store(p_down + pair + v, U32{}), store(ds_down + pair + v, U32{});
-      }
-      for (int n = 0; n < 2; ++n) store(ds_along + ((r + n) * kKeys + j) / 2, U32{});
-    }
-    for (int64_t j = seen.begin; j < seen.end; j += 2 * L) {
-      F weight[2][2], ds[2][2];
-#pragma GCC unroll 2
-      for (int n = 0; n < 2; ++n) {
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          const int64_t key = j + v * L;
-          F score = load(s + row + n * kKeys + key);
-          if (__builtin_expect(edge, 0)) {
-            const F lane = lane_index<float>() + static_cast<float>(key);
-            score = lane < static_cast<float>(range.begin(i + n)) ? none : score;
-            score = lane < static_cast<float>(range.end(i + n)) ? score : none;
-          }
-          weight[n][v] = exp2_of_fraction(score * to_exp2 + shift[n]);
-          const F all = weight[n][v] * (load(dp + row + n * kKeys + key) * scale + row_delta[n]);
-          ds[n][v] = score == none ? F{} : all;
-        }
-        P::store_two_along(ds_along + ((r + n) * kKeys + j) / 2, ds[n][0], ds[n][1]);
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        store(p_down + pair + j + v * L, P::pair(weight[0][v], weight[1][v]));
-        store(ds_down + pair + j + v * L, P::pair(ds[0][v], ds[1][v]));
-      }
-    }
-  }
-#endif
-
   // Where the bias's gradient for row i is summed, from key0 on; the stride of a broadcast dimension is 0.
   Real* grad_bias_row(int64_t b, int64_t h, int64_t i, int64_t key0) const {
     const int64_t* stride = p.grad_bias_stride;
     return static_cast<Real*>(p.grad_bias) + b * stride[0] + h * stride[1] + i * stride[2] + key0 * stride[3];
   }
 
-  // The kStep rows from r, as operands of the last three products; first: that of the scores in memory.
-  TFORMER_INLINE void narrow(int64_t r, int64_t first, int64_t width) const {
+  // The kStep rows from r, as operands of the last three products.
+  TFORMER_INLINE void narrow(int64_t r, int64_t width) const {
     if constexpr (P::kStep == 2) {
-      const int64_t at = (r - first) * kKeys, pair = at / 2, along = r * kKeys / 2;
-      narrow_down_rows<P>(s + at, s + at + kKeys, width, p_down + pair);
-      narrow_down_rows<P>(dp + at, dp + at + kKeys, width, ds_down + pair);
-      narrow_along_row<P>(dp + at, width, ds_along + along);
-      narrow_along_row<P>(dp + at + kKeys, width, ds_along + along + kKeys / 2);
+      const int64_t at = scores_place(r);
+      constexpr int64_t kSide = P::kTiles ? kDown / kTileSide * kTileUnit<P> : L;
+      narrow_down_rows<P>(s + at, s + at + kKeys, width, p_down + down(r, 0), kSide);
+      narrow_down_rows<P>(dp + at, dp + at + kKeys, width, ds_down + down(r, 0), kSide);
+      narrow_along_row<P>(dp + at, width, ds_along + place_along<P>(r, 0, kAlong));
+      narrow_along_row<P>(dp + at + kKeys, width, ds_along + place_along<P>(r + 1, 0, kAlong));
     }
   }
 };

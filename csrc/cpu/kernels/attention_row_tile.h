@@ -9,11 +9,11 @@
 namespace tformer::TFORMER_ISA {
 namespace {
 
-constexpr int64_t kScoreBytes = 24 * 1024, kPackedBytes = 512 * 1024;
+constexpr int64_t kScoreBytes = 24 * 1024, kPackedBytes = (TFORMER_HAS_TILES ? 1024 : 512) * 1024;
 
-// Keys of one range: packed keys and values within half of a 1 MB L2, and of one stretch of it: scores of a row tile
-// within 24 KB of L1. A row tile of vectors takes a range as one stretch. In tile registers a stretch has a key block
-// for each strip of values, which is computed beside it, but at most four.
+// Keys of one range: packed keys and values within half of L2, 1 MB or 2 MB where there are tile registers; and of one
+// stretch of it: scores of a row tile within 24 KB of L1. A row tile of vectors takes a range as one stretch. In tile
+// registers a stretch has a key block for each strip of values, which is computed beside it, but at most four.
 template <class P>
 struct ForwardKeys {
   int64_t range, stretch;
@@ -21,7 +21,7 @@ struct ForwardKeys {
   explicit ForwardKeys(const AttentionParams& p) {
     const int64_t size = sizeof(typename P::Real), strip = P::kTileColumns * kLanes<typename P::Real>;
     const int64_t all = round_up(p.Sk > 0 ? p.Sk : 1, kKeyBlock), strips = (p.Dv + strip - 1) / strip;
-    range = blocks(kPackedBytes * P::kStep / ((p.D + p.Dv) * size), all);
+    range = blocks(kPackedBytes * P::kStep / ((p.D + p.Dv) * size * P::kSlices), all);
     stretch = blocks(P::kTiles ? kKeyBlock * (strips < 4 ? strips : 4) : kScoreBytes / (P::kTileRows * size), range);
     if (!P::kTiles) range = stretch;
   }
@@ -33,23 +33,25 @@ struct ForwardKeys {
   }
 };
 
-template <class T>
+template <class T, class P>
 struct AttentionRowTiles {
-  using P = Pack<T>;
   using Real = typename P::Real;
   using Group = typename P::Group;
-  using State = OnlineSoftmax<T>;
+  using State = OnlineSoftmax<T, P>;
   using Product = ProductOperands<P>;
   using Results = IntoRows<P, T>;
-  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows, kTileColumns = P::kTileColumns;
+  static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows, kTileColumns = P::kTileColumns, kSlices = P::kSlices;
   static constexpr int64_t kStrip = kTileColumns * L;  // columns of a register tile
-  static constexpr int kRowsAtOnce = 2;                // of scores that tile registers have left in memory
+  // Of scores that tile registers have left in memory; fewer where there are more products beside them.
+  static constexpr int kRowsAtOnce = kSlices == 1 ? 2 : 1;
 
   const AttentionParams& p;
   const int64_t range_keys, stretch_keys, q_groups, groups, out_columns;
+  const int64_t weight_groups;  // of a row of weights
   Group *keys, *values, *queries, *weights;
   Real* scores;
   uint8_t *live, *hidden;
+  Finite<P> finite_keys, finite_queries;  // of those in slices
 
   AttentionRowTiles(const AttentionParams& params, Scratch& scratch)
       : p(params),
@@ -57,14 +59,15 @@ struct AttentionRowTiles {
         stretch_keys(ForwardKeys<P>(p).stretch),
         q_groups(row_groups<P>(p.D)),
         groups(sum_groups<P>(p.D)),
-        out_columns(round_up(p.Dv, L)) {
+        out_columns(round_up(p.Dv, L)),
+        weight_groups(stretch_keys / P::kStep) {
     constexpr int64_t kInTurn = P::kTiles ? 2 : 1;
-    keys = scratch.take<Group>(range_keys * groups);
-    values = scratch.take<Group>(range_keys / P::kStep * out_columns);
-    queries = scratch.take<Group>(kTileRows * q_groups);
+    keys = scratch.take<Group>(range_keys * kSlices * groups);
+    values = scratch.take<Group>(range_keys / P::kStep * kSlices * out_columns);
+    queries = scratch.take<Group>(kTileRows * kSlices * q_groups);
     scores = scratch.take<Real>(kInTurn * kTileRows * score_keys());
     weights = P::kStep == 1 ? reinterpret_cast<Group*>(scores)
-                            : scratch.take<Group>(kInTurn * kTileRows * stretch_keys / P::kStep);
+                            : scratch.take<Group>(kInTurn * kTileRows * kSlices * weight_groups);
     live = scratch.take<uint8_t>(range_keys / kPanel<P>);
     hidden = scratch.take<uint8_t>(kTileRows * stretch_keys);
   }
@@ -194,43 +197,90 @@ struct AttentionRowTiles {
   // One block of them, `some`; beside it the scores of `after`, and `columns` of the sums of the stretch `before`.
   void weigh_block(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, const Keys& some,
                    const Keys& after, const Span& before, const Span& columns, bool plain, bool finite, Real* rescale) {
-    typename State::Bounds bounds;
-    const bool edge = plain && bounds_of(row_scores.range, tile, some, bounds);
-    const typename State::Scaling scaling(row_scores.pending_scale());
     const int64_t last_column = columns.end < out_columns ? columns.end : out_columns;
     const int64_t of_values = (last_column - columns.begin) / L * ((before.end - before.begin) / kUnit<P>);
-    const int64_t products = (after.count() / L * (groups / P::kSumUnit) + of_values) * (tile.rows > L ? 2 : 1);
-    // rows for each product, in 65536ths
-    const int64_t share = products > 0 ? ((tile.rows << 16) + products - 1) / products : 0;
-    int64_t r = 0, rows_due = 0;
-    const auto weigh_until = [&](int64_t end) TFORMER_LAMBDA {
-      for (; r < end; r += kRowsAtOnce) {
-        if (plain && weigh_rows(tile, edge ? &bounds : nullptr, some, r, scaling)) continue;
-        const int64_t r_end = r + kRowsAtOnce < tile.rows ? r + kRowsAtOnce : tile.rows;
-        add_rows(row_scores, tile, some, r, r_end, finite, rescale);
-      }
-    };
-    const auto beside = [&] {
-      rows_due += share;
-      weigh_until(rows_due >> 16);
-    };
-    if (after.count() > 0) multiply_keys(q_k, tile.rows, after, beside);
+    const int64_t products =
+        (after.count() / L * (groups / P::kSumUnit) + of_values) * (tile.rows > L ? 2 : 1) * Terms<kSlices>::kCount;
+    Pieces pieces(*this, row_scores, tile, some, plain, finite, rescale, products);
+    if (after.count() > 0) multiply_keys(q_k, tile.rows, after, pieces);
     for (int64_t column = columns.begin; of_values > 0 && column < last_column; column += kStrip) {
-      add_values(tile, before, column, beside);
+      add_values(tile, before, column, pieces);
     }
-    weigh_until(tile.rows);
+    pieces.finish();
   }
+
+  // The scores of a key block, which become weights kRowsAtOnce rows at a time.
+  class Pieces {
+   public:
+    Pieces(AttentionRowTiles& tiles, const Scores<Real>& row_scores, const Tile& tile, const Keys& block, bool plain,
+           bool finite, Real* rescale, int64_t products)
+        : tiles_(tiles),
+          row_scores_(row_scores),
+          tile_(tile),
+          block_(block),
+          plain_(plain),
+          finite_(finite),
+          rescale_(rescale),
+          edge_(plain && tiles.bounds_of(row_scores.range, tile, block, bounds_)),
+          scaling_(row_scores.pending_scale()),
+          scores_(tiles.scores_of(0, block)),
+          weights_(tiles.weights_of(0, block)),
+          share_(products > 0 ? ((tile.rows + kRowsAtOnce - 1) / kRowsAtOnce * kWhole + products - 1) / products : 0) {}
+
+    // Called after each of those products.
+    TFORMER_INLINE void operator()() {
+      for (due_ += share_; due_ >= kWhole; due_ -= kWhole) make_one();
+    }
+    void finish() {
+      while (r_ < tile_.rows) make_one();
+    }
+
+   private:
+    static constexpr int64_t kWhole = 65536;
+
+    __attribute__((noinline)) void make_one() {
+      if (r_ >= tile_.rows) return;
+      if (!plain_ || !weigh()) {
+        const int64_t end = r_ + kRowsAtOnce < tile_.rows ? r_ + kRowsAtOnce : tile_.rows;
+        tiles_.add_rows(row_scores_, tile_, block_, r_, end, finite_, rescale_);
+      }
+      r_ += kRowsAtOnce;
+    }
+
+    TFORMER_INLINE bool weigh() {
+      constexpr int kAll = static_cast<int>(kKeyBlock / L);
+      const auto weigh = [&](auto columns) TFORMER_LAMBDA {
+        return tile_.state.template weigh_scores<kRowsAtOnce, columns>(
+            r_, scores_ + r_ * kKeyBlock, kKeyBlock, edge_ ? &bounds_ : nullptr, scaling_,
+            weights_ + place_along<P>(r_, 0, tiles_.weight_groups));
+      };
+      if (block_.count() == kKeyBlock) return weigh(std::integral_constant<int, kAll>{});
+      return weigh(std::integral_constant<int, kAll / 2>{});
+    }
+
+    AttentionRowTiles& tiles_;
+    const Scores<Real>& row_scores_;
+    const Tile& tile_;
+    const Keys& block_;
+    const bool plain_, finite_;
+    Real* const rescale_;
+    typename State::Bounds bounds_;
+    const bool edge_;
+    const typename State::Scaling scaling_;
+    const Real* const scores_;
+    Group* const weights_;
+    const int64_t share_;
+    int64_t due_ = 0, r_ = 0;
+  };
 
   // A strip of columns of the weighted values of a whole stretch.
   template <class Beside>
   void add_values(const Tile& tile, const Span& span, int64_t column, Beside&& beside) const {
     if constexpr (P::kTiles) {
-      const Product m{
-          weights_of(span), stretch_keys / P::kStep,           1, values + span.begin / P::kStep * out_columns,
-          out_columns,      (span.end - span.begin) / P::kStep};
+      const Product m = values_product(span, span.begin, span.end);
       const int vectors = column + kStrip <= out_columns ? 2 : 1;
       tile_product(tile.rows, vectors, m, IntoSums<P>{tile.o, out_columns, !tile.state.empty}, beside, m.a,
-                   m.b + column, m.steps, int64_t{0}, column);
+                   m.b_at(0, column), m.steps, int64_t{0}, column);
     }
   }
 
@@ -253,16 +303,29 @@ struct AttentionRowTiles {
   static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
 
   // q.k of a tile, but for the panel of keys.
-  Product keys_product(const Sequence& s, const Tile& tile) const {
+  Product keys_product(const Sequence& s, const Tile& tile) {
     const T* q = row_of<const T>(p.q, tile.b, tile.h, s.q_begin + tile.i);
     const int64_t stride = tile.rows_are_heads ? p.q.stride[1] : p.q.stride[2];
-    Product m{queries, q_groups, 1, nullptr, kPanel<P>, groups};
+    Product m = packed_product<P>(queries, q_groups, nullptr, kPanel<P>, groups, groups);
     if (in_place<P, T>(p.D, stride, tile.rows)) {
-      m.a = reinterpret_cast<const Group*>(q), m.a_row = stride / P::kStep;
+      m.take_rows(reinterpret_cast<const Group*>(q), stride / P::kStep);
     } else {
-      pack_along_row<P>(q, stride, tile.rows, round_up(tile.rows, P::kRowUnit), p.D, queries, Unseen{});
+      const int64_t padded = round_up(tile.rows, P::kRowUnit);
+      if constexpr (kSlices > 1) {
+        pack_along_row<P>(q, stride, tile.rows, padded, p.D, queries, finite_queries = {});
+      } else {
+        pack_along_row<P>(q, stride, tile.rows, padded, p.D, queries, Unseen{});
+      }
     }
     return m;
+  }
+
+  // The product of the weights of the keys [from, to) of a stretch with their values.
+  Product values_product(const Span& stretch, int64_t from, int64_t to) const {
+    const int64_t steps = range_keys / P::kStep;
+    return packed_product<P>(weights_of(stretch) + place_along<P>(0, (from - stretch.begin) / P::kStep, weight_groups),
+                             weight_groups, values + place_down<P>(from / P::kStep, 0, out_columns, steps), out_columns,
+                             steps, (to - from) / P::kStep);
   }
 
   // The weights of keys, at most one panel, without scores in memory; false where that is no way.
@@ -288,7 +351,7 @@ struct AttentionRowTiles {
   template <int kColumns>
   bool weigh_columns(const Tile& tile, const Product& m, const typename State::Bounds* seen, const Group* panel,
                      Real scale, Group* w) const {
-    const int64_t w_row = stretch_keys / P::kStep;
+    const int64_t w_row = weight_groups;
     switch (tile.rows) {
       case 1:
         return tile.state.template weigh_tile<1, kColumns>(m, panel, seen, scale, w, w_row);
@@ -303,19 +366,6 @@ struct AttentionRowTiles {
       default:
         return tile.state.template weigh_tile<kTileRows, kColumns>(m, panel, seen, scale, w, w_row);
     }
-  }
-
-  // Likewise of kRowsAtOnce rows from r, whose scores of at most one key block are in memory.
-  template <class Scaling>
-  bool weigh_rows(const Tile& tile, const typename State::Bounds* seen, const Keys& some, int64_t r,
-                  const Scaling& by) const {
-    const int64_t row = score_keys(), w_row = stretch_keys / P::kStep;
-    const Real* from = scores_of(r, some);
-    Group* to = weights_of({some.begin, some.to}) + r * w_row + some.at() / P::kStep;
-    constexpr int kAll = static_cast<int>(kKeyBlock / L);
-    return some.count() == kKeyBlock
-               ? tile.state.template weigh_scores<kRowsAtOnce, kAll>(r, from, row, seen, by, to, w_row)
-               : tile.state.template weigh_scores<kRowsAtOnce, kAll / 2>(r, from, row, seen, by, to, w_row);
   }
 
   // Scores in memory of the rows [r_begin, r_end) become weights; those of the stretch that are before them are so
@@ -337,12 +387,12 @@ struct AttentionRowTiles {
       const Real factor = tile.state.raise(r, top[r], scale);
       if (factor == 1) continue;
       rescale[r] *= factor;
-      Group* w = weights_of({some.begin, some.to}) + r * stretch_keys / P::kStep;
-      for (int64_t j = 0; j < at / P::kStep; j += L) store(w + j, P::scaled(load(w + j), factor));
+      Group* w = weights_of({some.begin, some.to});
+      for (int64_t j = 0; j < at / P::kStep; j += L) P::scale(w + place_along<P>(r, j, weight_groups), factor);
     }
     for (int64_t r = r_begin; r < r_end; ++r) {
       Real* row = scores_of(r, some);
-      Group* row_weights = weights_of({some.begin, some.to}) + (r * stretch_keys + at) / P::kStep;
+      Group* row_weights = weights_of(r, some);
       tile.state.weigh(r, row, n, scale, p.dropout_p > 0 ? nullptr : row_weights);
       if (p.dropout_p > 0) {
         drop_row(row, tile.b, tile.head(r), tile.query(r), key, n);
@@ -353,13 +403,16 @@ struct AttentionRowTiles {
 
   // In tile registers there are weights of two stretches, in turn.
   Group* weights_of(const Span& stretch) const {
-    return weights + (P::kTiles ? stretch.begin / stretch_keys % 2 * (kTileRows * stretch_keys / P::kStep) : 0);
+    return weights + (P::kTiles ? stretch.begin / stretch_keys % 2 * (kTileRows * kSlices * weight_groups) : 0);
+  }
+  Group* weights_of(int64_t r, const Keys& some) const {
+    return weights_of({some.begin, some.to}) + place_along<P>(r, some.at() / P::kStep, weight_groups);
   }
 
   // In tile registers there are scores of two key blocks, in turn.
   Real* scores_of(int64_t r, const Keys& some) const {
     if (!P::kTiles) return scores + r * stretch_keys + some.at();
-    return scores + (some.from / kKeyBlock % 2 * kTileRows + r) * kKeyBlock;
+    return scores + (some.from / kKeyBlock % 2 * kTileRows + r) * kKeyBlock + some.from % kKeyBlock;
   }
 
   void multiply_keys(const Product& m, int64_t rows, const Keys& some) const {
@@ -373,9 +426,11 @@ struct AttentionRowTiles {
     for (int64_t n = some.from / kPanel<P>; n * kPanel<P> < some.to; ++n) {
       const int64_t columns = some.to - n * kPanel<P> < kPanel<P> ? some.to - n * kPanel<P> : kPanel<P>;
       const IntoSums<P> panel{to + n * kPanel<P> - some.from, score_keys(), false};
-      m.b = keys + n * groups * kPanel<P>;
+      m.b = keys + panel_place<P>(n * kPanel<P>, groups);
       if (live[n]) {
-        if constexpr (P::kTiles) {
+        if (kSlices > 1 && !(finite_keys.holds() && finite_queries.holds())) {
+          product_without_hidden<P>(m, rows, columns, panel, Hidden{});
+        } else if constexpr (P::kTiles) {
           tile_product(rows, static_cast<int>(columns / L), m, panel, beside, m.a, m.b, m.steps, int64_t{0},
                        int64_t{0});
         } else {
@@ -399,15 +454,11 @@ struct AttentionRowTiles {
       while (run < last && live[run] == live[n] && run % kSumPanels != 0) ++run;
       if (live[n]) {
         const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < span.end ? run * kPanel<P> : span.end;
-        const Product m{weights_of(span) + (j - span.begin) / P::kStep,
-                        stretch_keys / P::kStep,
-                        1,
-                        values + j / P::kStep * out_columns,
-                        out_columns,
-                        (stop - j) / P::kStep};
+        const Product m = values_product(span, j, stop);
         const IntoSums<P> sums{tile.o, out_columns, !tile.state.empty};
         if (!finite) {
-          product_without_hidden<P>(m, tile.rows, out_columns, sums, hidden + j - span.begin, stretch_keys, 1);
+          product_without_hidden<P>(m, tile.rows, out_columns, sums,
+                                    Hidden{hidden + j - span.begin, stretch_keys, 1, 0});
         } else if (results && run == last) {
           *results->progress = tile.state.empty ? kLast : kLast | kSums;
           product<P>(m, tile.rows, out_columns, *results);

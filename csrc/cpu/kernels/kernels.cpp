@@ -26,6 +26,18 @@ auto for_dtype(DType dtype, F&& f) {
   }
 }
 
+// f(element, pack) for what products of p are made with.
+template <class F>
+auto for_products(const AttentionParams& p, F&& f) {
+  return for_dtype(p.dtype, [&](auto x) {
+    using T = decltype(x);
+    if constexpr (!std::is_same_v<SplitPack<T>, Pack<T>>) {
+      if (p.split) return f(x, SplitPack<T>{});
+    }
+    return f(x, Pack<T>{});
+  });
+}
+
 template <class F>
 auto for_norm_types(const NormParams& p, F&& f) {
   return for_dtype(p.dtype, [&](auto x) {
@@ -36,15 +48,19 @@ auto for_norm_types(const NormParams& p, F&& f) {
 }
 
 void attention_forward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
-  for_dtype(p.dtype, [&](auto x) { AttentionForward<decltype(x)>(p, t, Scratch(scratch)).run(t); });
+  for_products(
+      p, [&](auto x, auto pack) { AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t); });
 }
 
 void attention_merge(const AttentionParams& p, const AttentionTask& t, void* scratch) {
-  for_dtype(p.dtype, [&](auto x) { AttentionForward<decltype(x)>(p, t, Scratch(scratch)).merge(t); });
+  for_products(
+      p, [&](auto x, auto pack) { AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).merge(t); });
 }
 
 size_t attention_forward_scratch(const AttentionParams& p, const AttentionTask& t) {
-  return for_dtype(p.dtype, [&](auto x) { return AttentionForward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
+  return for_products(p, [&](auto x, auto pack) {
+    return AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(nullptr)).bytes;
+  });
 }
 
 double attention_sink_gradient_of(const AttentionParams& p, int64_t b, int64_t h) {
@@ -52,11 +68,14 @@ double attention_sink_gradient_of(const AttentionParams& p, int64_t b, int64_t h
 }
 
 void attention_backward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
-  for_dtype(p.dtype, [&](auto x) { AttentionBackward<decltype(x)>(p, t, Scratch(scratch)).run(t); });
+  for_products(
+      p, [&](auto x, auto pack) { AttentionBackward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t); });
 }
 
 size_t attention_backward_scratch(const AttentionParams& p, const AttentionTask& t) {
-  return for_dtype(p.dtype, [&](auto x) { return AttentionBackward<decltype(x)>(p, t, Scratch(nullptr)).bytes; });
+  return for_products(p, [&](auto x, auto pack) {
+    return AttentionBackward<decltype(x), decltype(pack)>(p, t, Scratch(nullptr)).bytes;
+  });
 }
 
 void norm_forward(const NormParams& p, int64_t begin, int64_t end, void* scratch) {
@@ -98,6 +117,7 @@ double exp_operations_of(DType dtype, int64_t rounds) {
 extern const CpuKernels kernels;
 const CpuKernels kernels = {TFORMER_NAME(TFORMER_ISA),
                             kVectorBytes,
+                            TFORMER_HAS_TILES != 0,
                             attention_forward,
                             attention_merge,
                             attention_forward_scratch,

@@ -14,9 +14,8 @@ constexpr Real kInfinity = static_cast<Real>(__builtin_inf());
 // score: it is left as it is until a score exceeds it by so much that a weight passes e^kSlack, which loses no accuracy
 // and saves what a new m costs. What takes a row's lanes together is done for all rows at once, so that the latencies
 // overlap.
-template <class T>
+template <class T, class P>
 struct OnlineSoftmax {
-  using P = Pack<T>;
   using Real = typename P::Real;
   using Group = typename P::Group;
   static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows;
@@ -25,10 +24,15 @@ struct OnlineSoftmax {
   Real m[kTileRows];
   Vec<Real> l[kTileRows];
   bool empty;  // no key came along yet, and the output holds nothing
+  // In tile registers: -m * to_exp2, and what a score may be without another m; nothing, if weights are not to be made
+  // in the short way.
+  static constexpr int kShiftedRows = P::kTiles ? kTileRows : 1;
+  Real shift[kShiftedRows], limit[kShiftedRows];
 
   void start() {
     empty = true;
     for (int r = 0; r < kTileRows; ++r) m[r] = -kInfinity<Real>, l[r] = Vec<Real>{};
+    for (int r = 0; r < kShiftedRows; ++r) shift[r] = 0, limit[r] = -kInfinity<Real>;
   }
 
   // The largest of s[0, n), lane by lane.
@@ -42,11 +46,15 @@ struct OnlineSoftmax {
 
   // Takes in the largest scores of a row; returns by what its earlier weights and outputs have to be multiplied.
   TFORMER_INLINE Real raise(int64_t r, Vec<Real> top, Real scale) {
-    if (!any_lane(top > limit(r, scale))) return 1;
-    const Real highest = max_lanes<Real>(top);
-    const Real factor = m[r] == -kInfinity<Real> ? Real(0) : exp_vec<Real>(splat((m[r] - highest) * scale))[0];
+    if (!any_lane(top > limit_of(r, scale))) return 1;
+    const Real before = m[r], shift_before = P::kTiles ? shift[r] : 0;
+    const bool shifted = P::kTiles && limit[r] != -kInfinity<Real>;
+    start_at(r, max_lanes<Real>(top), scale);
+    // both shifts are whole where weights are in slices: no error of what was rounded differently before
+    const bool whole = P::kSlices > 1 && shifted && limit[r] != -kInfinity<Real>;
+    const Real power = whole ? shift[r] - shift_before : (before - m[r]) * (scale * kLog2e<Real>);
+    const Real factor = before == -kInfinity<Real> ? Real(0) : exp2_vec<Real>(splat(power))[0];
     l[r] *= factor;
-    m[r] = highest;
     return factor;
   }
 
@@ -95,7 +103,7 @@ struct OnlineSoftmax {
 #pragma GCC unroll 4
       for (int n = 1; n < kColumns; ++n) top[r] = maximum(acc[r][n], top[r]);
       first &= m[r] == -kInfinity<Real>;
-      within &= !any_lane(top[r] > limit(r, scale));
+      within &= !any_lane(top[r] > limit_of(r, scale));
     }
     if (first) {
       for (int r = 0; r < kRows; ++r) m[r] = max_lanes<Real>(top[r]);
@@ -124,32 +132,33 @@ struct OnlineSoftmax {
 #if TFORMER_HAS_TILES
     const Scaling by(scale);
     const Real from = shift_of(r);
-    const bool moderate = is_moderate(from * by.to_exp2);
-    const F shift = splat(from * -by.to_exp2);
+    const F start = splat(shift[r]);
+    const bool fused = limit[r] != -kInfinity<Real> || m[r] == -kInfinity<Real>;
     for (int64_t j = 0; j < n; j += 2 * L) {
       F weight[2];
       for (int i = 0; i < 2; ++i) {
         const F score = load(s + j + i * L);
-        weight[i] = exp2_of_fraction(moderate ? score * by.to_exp2 + shift : (score - from) * by.to_exp2);
+        weight[i] = fused ? weight_in_tiles(score, start, by) : exp2_vec<float, T>((score - from) * by.to_exp2);
         l[r] += weight[i];
         if (!weights) store(s + j + i * L, weight[i]);
       }
-      if (weights) P::store_two_along(weights + j / P::kStep, weight[0], weight[1]);
+      if (!weights) continue;
+      P::store_two_along(weights + j / (2 * L) * kTileUnit<P>, separable<P>(weight[0]), separable<P>(weight[1]));
     }
 #endif
   }
 
 #if TFORMER_HAS_TILES
-  // What the exponent of a score is multiplied with, and by how much a score may exceed m.
+  // What the exponent of a score is multiplied with.
   struct Scaling {
-    Real to_exp2, slack;
-    explicit Scaling(Real scale) : to_exp2(scale * kLog2e<Real>), slack(kSlack / scale) {}
+    Real scale, to_exp2;
+    explicit Scaling(Real by) : scale(by), to_exp2(by * kLog2e<Real>) {}
   };
 
   // Likewise of rows from r on, whose sums tile registers have left in memory.
   template <int kRows, int kColumns>
-  __attribute__((noinline)) bool weigh_scores(int64_t r, const Real* scores, int64_t scores_row, const Bounds* seen,
-                                              const Scaling& by, Group* weights, int64_t weights_row) {
+  TFORMER_INLINE bool weigh_scores(int64_t r, const Real* scores, int64_t scores_row, const Bounds* seen,
+                                   const Scaling& by, Group* weights) {
     F x[kRows][kColumns], top[kRows];
     LaneMask above = 0;
 #pragma GCC unroll 4
@@ -160,26 +169,25 @@ struct OnlineSoftmax {
       top[i] = x[i][0];
 #pragma GCC unroll 4
       for (int n = 1; n < kColumns; ++n) top[i] = maximum(x[i][n], top[i]);
-      above |= greater(top[i], splat(m[r + i] + by.slack));
+      above |= greater(top[i], splat(limit[r + i]));
     }
     if (__builtin_expect(above != 0, 0)) {
       for (int i = 0; i < kRows; ++i) {
         if (m[r + i] != -kInfinity<Real>) return false;
       }
-      for (int i = 0; i < kRows; ++i) m[r + i] = max_lanes<Real>(top[i]);
-    }
-    for (int i = 0; i < kRows; ++i) {
-      if (__builtin_expect(!is_moderate(shift_of(r + i) * by.to_exp2), 0)) return false;
+      for (int i = 0; i < kRows; ++i) start_at(r + i, max_lanes<Real>(top[i]), by.scale);
+      for (int i = 0; i < kRows; ++i) {
+        if (limit[r + i] == -kInfinity<Real> && m[r + i] != -kInfinity<Real>) return false;
+      }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      const F shift = splat(shift_of(r + i) * -by.to_exp2);
+      const F start = splat(shift[r + i]);
       F sum = l[r + i];
 #pragma GCC unroll 2
       for (int n = 0; n < kColumns; n += 2) {
-        const F first = exp2_of_fraction(x[i][n] * by.to_exp2 + shift);
-        const F second = exp2_of_fraction(x[i][n + 1] * by.to_exp2 + shift);
-        P::store_two_along(weights + i * weights_row + n * L / P::kStep, first, second);
+        const F first = weight_in_tiles(x[i][n], start, by), second = weight_in_tiles(x[i][n + 1], start, by);
+        P::store_two_along(weights + i * kTileSide + n / 2 * kTileUnit<P>, first, second);
         sum += first;
         sum += second;
       }
@@ -202,10 +210,32 @@ struct OnlineSoftmax {
     }
   }
 
-  // Whether score * to_exp2 - m * to_exp2 may be taken as one multiply-add: m * to_exp2 is then rounded before anything
-  // is subtracted, which for a large one would matter.
-  static TFORMER_INLINE bool is_moderate(Real x) { return x < 65536 && x > -65536; }
-  TFORMER_INLINE Real limit(int64_t r, Real scale) const { return m[r] + kSlack / scale; }
+  // m for the largest score x. In tile registers score * to_exp2 - m * to_exp2 is one multiply-add: m * to_exp2 is then
+  // rounded before anything is subtracted, which for a large one would matter. Where weights are in slices it is a
+  // whole number.
+  TFORMER_INLINE void start_at(int64_t r, Real x, [[maybe_unused]] Real scale) {
+    m[r] = x;
+#if TFORMER_HAS_TILES
+    if constexpr (P::kTiles) {
+      const Real to_exp2 = scale * kLog2e<Real>, power = x * to_exp2;
+      const bool moderate = power < 65536 && power > -65536;
+      shift[r] = 0, limit[r] = -kInfinity<Real>;
+      if (!moderate) return;
+      shift[r] = -power;
+      if constexpr (P::kSlices > 1) shift[r] = round_whole(splat(-power))[0], m[r] = -shift[r] / to_exp2;
+      limit[r] = limit_of(r, scale);
+    }
+#endif
+  }
+
+#if TFORMER_HAS_TILES
+  static TFORMER_INLINE F weight_in_tiles(F score, F start, const Scaling& by) {
+    const F power = score * by.to_exp2 + start;
+    if constexpr (P::kSlices == 1) return exp2_of_fraction(power);
+    return exp2_vec<float, T>(power);
+  }
+#endif
+  TFORMER_INLINE Real limit_of(int64_t r, Real scale) const { return m[r] + kSlack / scale; }
   // Nothing visible yet: weights are e^-inf = 0.
   TFORMER_INLINE Real shift_of(int64_t r) const { return m[r] == -kInfinity<Real> ? Real(0) : m[r]; }
 

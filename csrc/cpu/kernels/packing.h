@@ -22,8 +22,36 @@ constexpr int64_t row_groups(int64_t width) {
 // Whether `count` rows in memory are groups as they stand, so that a product can read them there as its A operand.
 template <class P, class T>
 bool in_place(int64_t width, int64_t stride, int64_t count) {
-  return sizeof(typename P::Group) == P::kStep * sizeof(T) && width % kUnit<P> == 0 && stride % P::kStep == 0 &&
-         count % P::kRowUnit == 0;
+  return P::kSlices == 1 && sizeof(typename P::Group) == P::kStep * sizeof(T) && width % kUnit<P> == 0 &&
+         stride % P::kStep == 0 && count % P::kRowUnit == 0;
+}
+
+// Groups from tile to tile along the sum.
+template <class P>
+constexpr int64_t kTileUnit = P::kSlices * kTileGroups;
+
+// Where the first slice of a group lies in a packed operand: group k of row r of a first one, whose rows have `groups`;
+// column n of step k of a second one, which has `columns` columns (vectors) and `steps` steps (tiles).
+template <class P>
+TFORMER_INLINE int64_t place_along(int64_t r, int64_t k, int64_t groups) {
+  if (!P::kTiles) return r * groups + k;
+  return (r / kTileSide * (groups / kTileSide) + k / kTileSide) * kTileUnit<P> + r % kTileSide * kTileSide +
+         k % kTileSide;
+}
+template <class P>
+TFORMER_INLINE int64_t place_down(int64_t k, int64_t n, int64_t columns, int64_t steps) {
+  if (!P::kTiles) return k * columns + n;
+  return (n / kTileSide * (steps / kTileSide) + k / kTileSide) * kTileUnit<P> + k % kTileSide * kTileSide +
+         n % kTileSide;
+}
+
+// The product of operands packed like this, `count` steps of it.
+template <class P>
+ProductOperands<P> packed_product(const typename P::Group* a, int64_t groups, const typename P::Group* b,
+                                  int64_t columns, int64_t steps, int64_t count) {
+  if (!P::kTiles) return {a, groups, 1, b, columns, count};
+  constexpr int64_t kUnit = kTileUnit<P>;
+  return {a, kTileSide, 1, b, kTileSide, count, kUnit, groups / kTileSide * kUnit, kUnit, steps / kTileSide * kUnit};
 }
 
 // Rows read ahead of their use: a row is too short, and the next one too far away, for the CPU to see it coming.
@@ -72,46 +100,61 @@ struct Unseen {
   TFORMER_INLINE void operator()(V) const {}
 };
 
-// One vector of groups from position d (in groups) of a row of `width` elements; past the end it is zero.
-template <class P, class T>
-TFORMER_INLINE Vec<typename P::Group> load_groups(const T* row, int64_t d, int64_t width) {
-  using Real = typename P::Real;
-  constexpr int L = kLanes<Real>;
-  const int64_t left = width - d * P::kStep;
-  if constexpr (P::kStep == 1) {
-    if (left >= L) return load_as<Real>(row + d);
-    return left > 0 ? load_as<Real>(row + d, left) : Vec<Real>{};
-  } else {
-    const T* pairs = row + d * P::kStep;
-    if (left >= L * P::kStep) return load_bytes<Vec<typename P::Group>>(pairs);
-    Vec<typename P::Group> v{};
-    if (left > 0) std::memcpy(&v, pairs, static_cast<size_t>(left) * sizeof(T));
-    return v;
-  }
+// One vector of numbers from position d of a row of `width` elements; past the end it is zero.
+template <class Real, class T>
+TFORMER_INLINE Vec<Real> load_numbers(const T* row, int64_t d, int64_t width) {
+  const int64_t left = width - d;
+  if (left >= kLanes<Real>) return load_as<Real>(row + d);
+  return left > 0 ? load_as<Real>(row + d, left) : Vec<Real>{};
 }
 
-// Rows as they are: out[row][row_groups(width)]; rows in [count, padded) become zero. The A operand of q.k, do.v.
-// see(groups) is called with all that is read.
+// A vector of groups in all its slices; one from position d (in groups) of such a row.
+template <class P>
+struct Groups {
+  Vec<typename P::Group> slice[P::kSlices];
+};
+template <class P, class T>
+TFORMER_INLINE Groups<P> load_groups(const T* row, int64_t d, int64_t width) {
+  using Real = typename P::Real;
+  constexpr int L = kLanes<Real>;
+  Groups<P> groups{};
+  if constexpr (P::kStep == 1) {
+    groups.slice[0] = load_numbers<Real>(row, d, width);
+  } else if constexpr (P::kSlices > 1) {
+    P::split_any_along(load_numbers<Real>(row, 2 * d, width), load_numbers<Real>(row, 2 * d + L, width), groups.slice);
+  } else if (const int64_t left = width - d * P::kStep; left >= L * P::kStep) {
+    groups.slice[0] = load_bytes<Vec<typename P::Group>>(row + d * P::kStep);
+  } else if (left > 0) {
+    std::memcpy(&groups.slice[0], row + d * P::kStep, static_cast<size_t>(left) * sizeof(T));
+  }
+  return groups;
+}
+
+// Rows as they are, of row_groups(width); rows in [count, padded) become zero. The A operand of q.k, do.v.
+// see(groups) is called with the first slice of all that is read.
 template <class P, class T, class See>
 void pack_along_row(const T* rows, int64_t stride, int64_t count, int64_t padded, int64_t width, typename P::Group* out,
                     See&& see_all) {
   constexpr int L = kLanes<typename P::Real>;
   const int64_t groups = row_groups<P>(width), whole = width / (L * P::kStep) * L;
   auto see = see_all;  // in a register
-  for (int64_t r = 0; r < count; ++r, rows += stride, out += groups) {
+  for (int64_t r = 0; r < count; ++r, rows += stride) {
     if (r + kRowsAhead < count) prefetch_row(rows + kRowsAhead * stride, width);
-    for (int64_t d = 0; d < whole; d += L) {
-      const auto x = load_groups<P>(rows, d, (d + L) * P::kStep);
-      see(x);
-      store(out + d, x);
-    }
-    if (whole < groups) {
-      const auto x = load_groups<P>(rows, whole, width);
-      see(x);
-      store(out + whole, x);
+    const auto pack = [&](int64_t d, int64_t end) TFORMER_LAMBDA {
+      const Groups<P> x = load_groups<P>(rows, d, end);
+      see(x.slice[0]);
+      auto* to = out + place_along<P>(r, d, groups);
+      for (int n = 0; n < P::kSlices; ++n) store(to + n * kTileGroups, x.slice[n]);
+    };
+    for (int64_t d = 0; d < whole; d += L) pack(d, (d + L) * P::kStep);
+    if (whole < groups) pack(whole, width);
+  }
+  for (int64_t r = count; r < padded; ++r) {
+    for (int64_t d = 0; d < groups; d += L) {
+      auto* to = out + place_along<P>(r, d, groups);
+      for (int n = 0; n < P::kSlices; ++n) store(to + n * kTileGroups, Vec<typename P::Group>{});
     }
   }
-  for (int64_t n = 0; n < (padded - count) * groups; n += L) store(out + n, Vec<typename P::Group>{});
   see_all = see;
 }
 
@@ -122,19 +165,37 @@ TFORMER_INLINE V zip(V a, V b, std::integer_sequence<int, kIndex...>) {
   return __builtin_shufflevector(a, b, (kIndex / 2 + (kHigh ? n / 2 : 0) + (kIndex % 2 ? n : 0))...);
 }
 
-// Groups down the rows: out[row / kStep][padded width]; the B operand of sums over rows (p.v, ds.k, pT.do, dsT.q).
+// Groups down the rows, of an operand of `steps` steps; the B operand of sums over rows (p.v, ds.k, pT.do, dsT.q).
 template <class P, class T, class See>
 void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded, int64_t width, typename P::Group* out,
-                    See&& see_all) {
+                    int64_t steps, See&& see_all) {
   if constexpr (P::kStep == 1) {
     pack_along_row<P>(rows, stride, count, padded, width, out, see_all);
+  } else if constexpr (P::kSlices > 1) {
+    constexpr int L = kLanes<float>;
+    const int64_t columns = round_up(width, L);
+    auto see = see_all;  // in a register
+    for (int64_t r = 0; r < padded; r += 2, rows += 2 * stride) {
+      for (int64_t i = kRowsAhead; i < kRowsAhead + 2; ++i) {
+        if (r + i < count) prefetch_row(rows + i * stride, width);
+      }
+      for (int64_t d = 0; d < columns; d += L) {
+        Groups<P> x;
+        P::split_any_down(r < count ? load_numbers<float>(rows, d, width) : F{},
+                          r + 1 < count ? load_numbers<float>(rows + stride, d, width) : F{}, x.slice);
+        see(x.slice[0]);
+        auto* to = out + place_down<P>(r / 2, d, columns, steps);
+        for (int n = 0; n < P::kSlices; ++n) store(to + n * kTileGroups, x.slice[n]);
+      }
+    }
+    see_all = see;
   } else {
     constexpr int L = kLanes<typename P::Real>;
     using Elements = Vec<int16_t>;
     using Indices = std::make_integer_sequence<int, 2 * L>;
     const int64_t columns = round_up(width, L);
     auto see = see_all;  // in a register
-    for (int64_t r = 0; r < padded; r += 2, rows += 2 * stride, out += columns) {
+    for (int64_t r = 0; r < padded; r += 2, rows += 2 * stride) {
       for (int64_t i = kRowsAhead; i < kRowsAhead + 2; ++i) {
         if (r + i < count) prefetch_row(rows + i * stride, width);
       }
@@ -149,8 +210,9 @@ void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded
         }
         see((Vec<typename P::Group>)row[0]);
         see((Vec<typename P::Group>)row[1]);
-        store(out + d, zip<false>(row[0], row[1], Indices{}));
-        if (d + L < columns) store(out + d + L, zip<true>(row[0], row[1], Indices{}));
+        store(out + place_down<P>(r / 2, d, columns, steps), zip<false>(row[0], row[1], Indices{}));
+        if (d + L >= columns) continue;
+        store(out + place_down<P>(r / 2, d + L, columns, steps), zip<true>(row[0], row[1], Indices{}));
       }
     }
     see_all = see;
@@ -221,54 +283,114 @@ void transpose_to(const G* from, int64_t from_row, G* to, int64_t to_row) {
   for (int i = 0; i < L; ++i) store(to + i * to_row, x[i]);
 }
 
+// The tiles of an operand in place: columns of steps become rows, of as many groups. The A operand of doT.p, qT.ds.
+template <class P>
+void transpose_tiles(typename P::Group* operand, int64_t columns, int64_t steps) {
+  const int64_t tiles = columns / kTileSide * (steps / kTileSide) * P::kSlices;
+  for (int64_t n = 0; n < tiles; ++n, operand += kTileGroups) {
+    transpose_to<typename P::Group>(operand, kTileSide, operand, kTileSide);
+  }
+}
+
 // Columns of products with keys: whole register tiles, so that one panel is one tile wide.
 template <class P>
 constexpr int64_t kPanel = P::kTileColumns * kLanes<typename P::Real>;
 
-// Transposed panels: out[panel][group of width][key in panel]; keys in [count, padded) become zero, padded is a whole
-// number of panels. The B operand of sums along the row (q.kT, do.vT).
-template <class P, class T>
+// Where the panel with a key begins; in tiles, the tile.
+template <class P>
+TFORMER_INLINE int64_t panel_place(int64_t key, int64_t groups) {
+  if (P::kTiles) return place_down<P>(0, key, 0, groups);
+  return key / kPanel<P> * (groups * kPanel<P>);
+}
+
+// Transposed panels: [panel][group of width][key in panel]; keys in [count, padded) become zero, padded is a whole
+// number of panels. The B operand of sums along the row (q.kT, do.vT). see: as above.
+template <class P, class T, class See>
 void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t padded, int64_t width,
-                     typename P::Group* out) {
+                     typename P::Group* out, See&& see_all) {
   using Group = typename P::Group;
   constexpr int L = kLanes<Group>;
-  const int64_t groups = sum_groups<P>(width);
+  const int64_t groups = sum_groups<P>(width), row = P::kTiles ? kTileSide : kPanel<P>;
+  auto see = see_all;  // in a register
   for (int64_t key = 0; key < padded; key += L, rows += L * stride) {
-    Group* panel = out + key / kPanel<P> * (groups * kPanel<P>)+key % kPanel<P>;
+    Group* panel = out + panel_place<P>(key, groups) + key % kPanel<P> * !P::kTiles;
     for (int64_t next = L; next < 2 * L && key + next < count; ++next) prefetch_row(rows + next * stride, width);
     for (int64_t d = 0; d < groups; d += L) {
+      Group* to = panel + (P::kTiles ? d / kTileSide * kTileUnit<P> : d * kPanel<P>);
+      if constexpr (P::kSlices > 1) {  // transposed as numbers, of which two rows make a row of pairs
+#pragma GCC unroll 2
+        for (int64_t half = 0; half < 2; ++half) {
+          const int64_t column = 2 * d + half * L;
+          F x[L];
+          if (count - key >= L && width >= column + L) {
+#pragma GCC unroll 16
+            for (int i = 0; i < L; ++i) x[i] = load_as<float>(rows + i * stride + column);
+          } else {
+            for (int i = 0; i < L; ++i)
+              x[i] = key + i < count ? load_numbers<float>(rows + i * stride, column, width) : F{};
+          }
+          transpose<float>(x);
+#pragma GCC unroll 8
+          for (int i = 0; i < L / 2; ++i, to += kTileSide) {
+            Groups<P> pairs;
+            P::split_any_down(x[2 * i], x[2 * i + 1], pairs.slice);
+            see(pairs.slice[0]);
+#pragma GCC unroll 3
+            for (int n = 0; n < P::kSlices; ++n) store(to + n * kTileGroups, pairs.slice[n]);
+          }
+        }
+        continue;
+      }
       Vec<Group> x[L];
       if (count - key >= L && width >= (d + L) * P::kStep) {  // nothing to pad: no branch between the loads
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) x[i] = load_groups<P>(rows + i * stride, d, (d + L) * P::kStep);
+        for (int i = 0; i < L; ++i) x[i] = load_groups<P>(rows + i * stride, d, (d + L) * P::kStep).slice[0];
       } else {
-        for (int i = 0; i < L; ++i) x[i] = key + i < count ? load_groups<P>(rows + i * stride, d, width) : Vec<Group>{};
+        for (int i = 0; i < L; ++i) {
+          x[i] = key + i < count ? load_groups<P>(rows + i * stride, d, width).slice[0] : Vec<Group>{};
+        }
       }
       transpose<Group>(x);
       if (groups - d >= L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store(panel + (d + i) * kPanel<P>, x[i]);
+        for (int i = 0; i < L; ++i) store(to + i * row, x[i]);
       } else {
-        for (int i = 0; i < L && d + i < groups; ++i) store(panel + (d + i) * kPanel<P>, x[i]);
+        for (int i = 0; i < L && d + i < groups; ++i) store(to + i * row, x[i]);
       }
     }
   }
+  see_all = see;
+}
+
+// The same numbers, every NaN as what can be split into slices.
+template <class P>
+TFORMER_INLINE F separable(F x) {
+  if constexpr (P::kSlices > 1) return (x == x) ? x : splat(__builtin_nanf(""));
+  return x;
 }
 
 // What products write is in Real; as an operand of the next product it may have to be narrowed and paired.
-// Along the row: out[row][columns / kStep].
+// Along the row.
 template <class P>
 TFORMER_INLINE void narrow_along_row(const typename P::Real* row, int64_t columns, typename P::Group* out) {
-  if constexpr (P::kStep == 2) {
-    for (int64_t j = 0; j < columns; j += kLanes<float>) P::store_along(out + j / 2, load(row + j));
+  constexpr int L = kLanes<typename P::Real>;
+  if constexpr (P::kTiles) {
+    for (int64_t j = 0; j < columns; j += 2 * L) {
+      P::store_two_along(out + j / (2 * L) * kTileUnit<P>, separable<P>(load(row + j)),
+                         separable<P>(load(row + j + L)));
+    }
+  } else if constexpr (P::kStep == 2) {
+    for (int64_t j = 0; j < columns; j += L) P::store_along(out + j / 2, load(row + j));
   }
 }
-// Down the rows: two rows become one row of pairs.
+// Down the rows: two rows become one row of pairs, whose vectors are `side` groups apart.
 template <class P>
 TFORMER_INLINE void narrow_down_rows(const typename P::Real* row0, const typename P::Real* row1, int64_t columns,
-                                     typename P::Group* out) {
+                                     typename P::Group* out, int64_t side) {
   if constexpr (P::kStep == 2) {
-    for (int64_t j = 0; j < columns; j += kLanes<float>) store(out + j, P::pair(load(row0 + j), load(row1 + j)));
+    for (int64_t j = 0; j < columns; j += kLanes<float>, out += side) {
+      P::store_pairs(out, separable<P>(load(row0 + j)), separable<P>(load(row1 + j)));
+    }
   }
 }
 

@@ -4,111 +4,17 @@
 // float (or double), or a pair of bf16 in 32 bits where the CPU multiplies those (vdpbf16ps).
 //   A: group (row r, step k) at a[r * a_row + k * a_step]; broadcast, so any strides serve, transposed ones too
 //   B: group (step k, column n) at b[k * b_step + n], columns padded to whole vectors
+// Operands of tile registers are made of tiles: 16 rows or steps of 16 groups, 1 KB one behind the other. Elements may
+// be sums of several bf16 (kSlices), whose tiles follow each other.
 //   C: arithmetic type, element (r, n) at c[r * c_row + n]. IntoSums stores the product there or adds it, as one
 //      rounded sum, so that a long sum made of several products loses less than one running total would. IntoRows
 //      takes the last product of such a sum, which then leaves for its place in memory without coming by C
 #pragma once
 
-#include "tiles.h"
+#include "operands.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
-
-// How elements of type T are held in products: Real is the arithmetic type, Group what one multiply-add consumes. Sums
-// have whole units of kSumUnit steps, and a first operand whole units of kRowUnit rows, of which the last ones are
-// ignored; Setup must live while products are made.
-struct NoSetup {
-  NoSetup() {}
-};
-template <class T>
-struct Wide {  // one element a group
-  using Real = T;
-  using Group = T;
-  using Setup = NoSetup;
-  static constexpr int kStep = 1, kSumUnit = 1, kRowUnit = 1;
-  static constexpr int kTileRows = kVectorTileRows, kTileColumns = kVectorTileColumns;
-  static constexpr bool kTiles = false;
-  static TFORMER_INLINE Vec<Real> multiply_add(Group a, Vec<Group> b, Vec<Real> c) { return a * b + c; }
-  static TFORMER_INLINE Real element(Group g, int) { return g; }
-  static TFORMER_INLINE Vec<Real> elements(Vec<Group> g, int) { return g; }
-  static TFORMER_INLINE void store_along(Group* to, Vec<Real> x) { store(to, x); }
-  static TFORMER_INLINE Vec<Group> scaled(Vec<Group> g, Real by) { return g * by; }
-};
-
-#if TFORMER_HAS_BF16_PRODUCTS
-struct PairBf16 {
-  using Real = float;
-  using Group = uint32_t;
-  using Setup = NoSetup;
-  static constexpr int kStep = 2, kSumUnit = 1, kRowUnit = 1;
-  static constexpr int kTileRows = kVectorTileRows, kTileColumns = kVectorTileColumns;
-  static constexpr bool kTiles = false;
-  static TFORMER_INLINE F multiply_add(Group a, U32 b, F c) {
-    return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)(U32{} + a), (__m512bh)b);
-  }
-  static TFORMER_INLINE float element(Group g, int i) {
-    const uint32_t bits = i == 0 ? g << 16 : g & 0xffff0000u;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  static TFORMER_INLINE F elements(U32 g, int i) { return (F)(i == 0 ? g << 16 : g & 0xffff0000u); }
-  static TFORMER_INLINE U32 scaled(U32 g, float by) {
-    return narrow_bf16(elements(g, 0) * by) | narrow_bf16(elements(g, 1) * by) << 16;
-  }
-  // The CPU's own narrowing takes and gives 0 for subnormal numbers: good for weights, not for results.
-  static TFORMER_INLINE void store_along(Group* to, F x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
-  static TFORMER_INLINE void store_two_along(Group* to, F first, F second) {
-    store(to, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
-  }
-  static TFORMER_INLINE U32 pair(F low, F high) {
-    alignas(64) static constexpr uint16_t kInterleave[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (U32)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave),
-                                         (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-  }
-};
-#endif
-
-#if TFORMER_HAS_TILES
-// The same pairs, multiplied in tile registers. The steps of a first operand must lie one behind the other.
-struct TileBf16 : PairBf16 {
-  using Setup = TilesInForce;
-  static constexpr int kSumUnit = kTileSide, kRowUnit = kTileSide;
-  static constexpr int kTileRows = 2 * kTileSide, kTileColumns = 2;
-  static constexpr bool kTiles = true;
-};
-#endif
-
-template <class T>
-struct PackOf {
-  using type = Wide<float>;
-};
-template <>
-struct PackOf<double> {
-  using type = Wide<double>;
-};
-#if TFORMER_HAS_TILES
-template <>
-struct PackOf<bf16> {
-  using type = TileBf16;
-};
-#elif TFORMER_HAS_BF16_PRODUCTS
-template <>
-struct PackOf<bf16> {
-  using type = PairBf16;
-};
-#endif
-template <class T>
-using Pack = typename PackOf<T>::type;
-
-// Elements along the sum that the padding of operands makes whole.
-template <class P>
-constexpr int64_t kUnit = P::kSumUnit * P::kStep;
-// Likewise of columns that a later product sums over.
-template <class P>
-constexpr int64_t kColumnUnit = kUnit<P> > kLanes<typename P::Real> ? kUnit<P> : kLanes<typename P::Real>;
 
 template <class P>
 struct ProductOperands {
@@ -117,6 +23,21 @@ struct ProductOperands {
   const typename P::Group* b;
   int64_t b_step;
   int64_t steps;
+  // In tile registers: from tile to tile of an operand along the sum, and across it.
+  int64_t a_unit = 0, a_side = 0, b_unit = 0, b_side = 0;
+
+  // A from rows in memory, groups as they stand.
+  void take_rows(const typename P::Group* rows, int64_t row) {
+    a = rows, a_row = row, a_unit = kTileSide, a_side = kTileSide * row;
+  }
+  const typename P::Group* a_at(int64_t r, int64_t k) const {
+    if (!P::kTiles) return a + r * a_row + k * a_step;
+    return a + r / kTileSide * a_side + r % kTileSide * a_row + k / kTileSide * a_unit + k % kTileSide;
+  }
+  const typename P::Group* b_at(int64_t k, int64_t n) const {
+    if (!P::kTiles) return b + k * b_step + n;
+    return b + n / kTileSide * b_side + n % kTileSide + k / kTileSide * b_unit + k % kTileSide * b_step;
+  }
 };
 
 // The sums of one register tile: `steps` steps from those places of the operands on.
@@ -289,23 +210,30 @@ TFORMER_INLINE void tile_registers(int64_t rows, const ProductOperands<P>& m, co
   } else {
     each(c, into.c_row, [](auto tile, float*, int64_t) TFORMER_LAMBDA { tile_zero<tile>(); });
   }
-  for (int64_t k = 0; k < steps; k += kTileSide, a += kTileSide, b += kTileSide * m.b_step) {
-    tile_load<4>(a, a_row);
-    tile_load<6>(b, b_row);
-    tile_multiply_add<0, 4, 6>();
-    beside();
-    if constexpr (kBeside) {
-      tile_load<7>(b + kTileSide, b_row);
-      tile_multiply_add<1, 4, 7>();
-      beside();
-    }
-    if constexpr (kBelow) {
-      tile_load<5>(a + kTileSide * m.a_row, a_row);
-      tile_multiply_add<2, 5, 6>();
+  using T = Terms<P::kSlices>;
+  for (int64_t k = 0; k < steps; k += kTileSide, a += m.a_unit, b += m.b_unit) {
+#pragma GCC unroll 6
+    for (int t = 0; t < T::kCount; ++t) {
+      const bool new_a = t == 0 || T::kA[t] != T::kA[t - 1], new_b = t == 0 || T::kB[t] != T::kB[t - 1];
+      const auto* a_part = a + T::kA[t] * kTileGroups;
+      const auto* b_part = b + T::kB[t] * kTileGroups;
+      if (new_a) tile_load<4>(a_part, a_row);
+      if (new_b) tile_load<6>(b_part, b_row);
+      tile_multiply_add<0, 4, 6>();
       beside();
       if constexpr (kBeside) {
-        tile_multiply_add<3, 5, 7>();
+        if (new_b) tile_load<7>(b_part + m.b_side, b_row);
+        tile_multiply_add<1, 4, 7>();
         beside();
+      }
+      if constexpr (kBelow) {
+        if (new_a) tile_load<5>(a_part + m.a_side, a_row);
+        tile_multiply_add<2, 5, 6>();
+        beside();
+        if constexpr (kBeside) {
+          tile_multiply_add<3, 5, 7>();
+          beside();
+        }
       }
     }
   }
@@ -376,8 +304,7 @@ void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const I
       const int64_t steps = sum.begin < sum.end ? sum.end - sum.begin : 0;
       if (steps == 0 && !into.wants_empty(r)) continue;
       register_tile_rows<P>(rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>(last - first), m, into,
-                            m.a + r * m.a_row + sum.begin * m.a_step, m.b + first * L + sum.begin * m.b_step, steps, r,
-                            first * L);
+                            m.a_at(r, sum.begin), m.b_at(sum.begin, first * L), steps, r, first * L);
     }
   }
 }
@@ -387,11 +314,17 @@ void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const I
   product<P>(m, rows, columns, into, [&](int64_t) TFORMER_LAMBDA { return Steps{0, m.steps}; });
 }
 
-// The same product with the terms left out that `hidden` marks: hidden[r * hidden_row + k * hidden_step], k counting
-// elements. Taken only where B holds inf or NaN, which a weight of zero would turn into NaN. Same order of sums.
+// What a term of a product must not be added for: at[r * row + k * step + n * column], k counting elements.
+struct Hidden {
+  const uint8_t* at;
+  int64_t row, step, column;
+};
+
+// The same product without hidden terms. Taken only where there are inf or NaN, which a weight of zero, or a slice that
+// is zero, would turn into NaN.
 template <class P, class Into>
 void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Into& into,
-                            const uint8_t* hidden, int64_t hidden_row, int64_t hidden_step) {
+                            const Hidden& hidden) {
   using Real = typename P::Real;
   using Group = typename P::Group;
   constexpr int L = kLanes<Real>;
@@ -399,13 +332,20 @@ void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t c
     for (int64_t n = 0; n < columns; n += L) {
       Vec<Real> acc[1][1] = {};
       for (int64_t k = 0; k < m.steps; ++k) {
-        Group a;
-        std::memcpy(&a, m.a + r * m.a_row + k * m.a_step, sizeof(a));
-        const auto b = load(m.b + k * m.b_step + n);
         for (int i = 0; i < P::kStep; ++i) {
-          if (!hidden[r * hidden_row + (k * P::kStep + i) * hidden_step]) {
-            acc[0][0] = P::element(a, i) * P::elements(b, i) + acc[0][0];
+          Vec<Real> counts = splat(Real(1));
+          for (int lane = 0; hidden.at && lane < L; ++lane) {
+            const int64_t term = r * hidden.row + (k * P::kStep + i) * hidden.step + (n + lane) * hidden.column;
+            counts[lane] = hidden.at[term] ? Real(0) : Real(1);
           }
+          Real x{};
+          Vec<Real> y{};
+          for (int slice = P::kSlices - 1; slice >= 0; --slice) {
+            Group a;
+            std::memcpy(&a, m.a_at(r, k) + slice * kTileGroups, sizeof(a));
+            x += P::element(a, i), y += P::elements(load(m.b_at(k, n) + slice * kTileGroups), i);
+          }
+          acc[0][0] = (counts == 0) ? acc[0][0] : x * y + acc[0][0];
         }
       }
       into(r, n, acc);

@@ -4,12 +4,19 @@
 
 #include "vec.h"
 
-#if TFORMER_HAS_TILES
-
 namespace tformer::TFORMER_ISA {
 namespace {
 
 constexpr int kTileSide = 16;  // rows of a tile, and 32-bit elements of each
+constexpr int kTileGroups = kTileSide * kTileSide;
+
+}  // namespace
+}  // namespace tformer::TFORMER_ISA
+
+#if TFORMER_HAS_TILES
+
+namespace tformer::TFORMER_ISA {
+namespace {
 
 // All eight tiles, whole, in force in this thread while this lives. Without one in force the CPU has less to save when
 // threads take turns.
