@@ -28,8 +28,9 @@ bool splits_products(const AttentionParams& p, bool backward) {
   if (!cpu_kernels().splits || (p.dtype != DType::f32 && p.dtype != DType::f16)) return false;
   const int split = chosen.load(std::memory_order_relaxed);
   if (split != kAuto) return split == kAlways;
-  // from where on it is faster, see benchmarks/NOTES.md: float16 has two slices, float32 three
-  return sharing(p) >= (p.dtype == DType::f16 ? 8192 : (backward ? 32768 : 16384));
+  // From where on it is faster, see benchmarks/NOTES.md: float16 has two slices; float32, with three, gains less than a
+  // neighbour on the core's other hardware thread can cost, unless products are large.
+  return sharing(p) >= (p.dtype == DType::f16 ? 8192 : (backward ? 65536 : 32768));
 }
 
 void set_cpu_split(const std::string& name, const std::string& source) {
