@@ -234,6 +234,13 @@ def test_scores_too_large_to_be_scaled_before_the_largest_is_subtracted(dtype, i
     assert_close(out, golden, reference.attention(q, k, v, causal=True))
 
 
+def test_sums_over_many_keys(isa_of_attention):
+    """Values of one sign, so that a running total is far larger than each term."""
+    q, k, v = torch.randn(1, 1, 64, 64), torch.randn(1, 1, 20000, 64), torch.rand(1, 1, 20000, 64) + 1
+    golden = reference.attention(q.double(), k.double(), v.double(), scale=0.02)
+    assert_close(F.attention(q, k, v, scale=0.02), golden, reference.attention(q, k, v, scale=0.02))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_depend_on_each_other(dtype, isa_of_attention):
     """A row whose scores rise along the keys takes another way than its neighbours in a tile; their bits stay."""

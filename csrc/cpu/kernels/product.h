@@ -205,7 +205,9 @@ TFORMER_INLINE void tile_registers(int64_t rows, const ProductOperands<P>& m, co
     if constexpr (kBelow) f(integral_constant<int, 2>{}, below, row_floats * 4);
     if constexpr (kBelow && kBeside) f(integral_constant<int, 3>{}, below + kTileSide, row_floats * 4);
   };
-  if (into.adds(r)) {
+  // a running total of many small terms would lose more than float32 sums may: those of slices are added as one
+  const bool adds = into.adds(r), adds_once = P::kSlices > 1 && adds;
+  if (adds && !adds_once) {
     each(c, into.c_row, [](auto tile, float* from, int64_t row) TFORMER_LAMBDA { tile_load<tile>(from, row); });
   } else {
     each(c, into.c_row, [](auto tile, float*, int64_t) TFORMER_LAMBDA { tile_zero<tile>(); });
@@ -238,13 +240,20 @@ TFORMER_INLINE void tile_registers(int64_t rows, const ProductOperands<P>& m, co
     }
   }
   const auto store_tile = [](auto tile, float* to, int64_t row) TFORMER_LAMBDA { tile_store<tile>(to, row); };
-  if (into.stays(r)) return each(c, into.c_row, store_tile);
+  const bool stays = into.stays(r);
+  if (stays && !adds_once) return each(c, into.c_row, store_tile);
   alignas(64) float sums[kRowTiles * kTileSide][kColumnTiles * kTileSide];
   each(sums[0], kColumnTiles * kTileSide, store_tile);
   for (int64_t i = 0; i < rows; ++i) {
     F x[kColumnTiles];
     std::memcpy(x, sums[i], sizeof(x));
-    into.leave(r + i, column, x);
+    float* const before = c + i * into.c_row;
+    for (int n = 0; adds_once && n < kColumnTiles; ++n) x[n] += load(before + n * kTileSide);
+    if (stays) {
+      std::memcpy(before, x, sizeof(x));
+    } else {
+      into.leave(r + i, column, x);
+    }
   }
 }
 
