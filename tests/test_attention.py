@@ -218,7 +218,7 @@ TILE_CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("case", TILE_CASES, ids=str)
-def test_parts_of_tiles(case, dtype, isa_of_attention):
+def test_partial_tiles(case, dtype, isa_of_attention):
     qkv, options = tensors(case, dtype)
     if case.mask:
         options["mask"][..., 64:384] = False

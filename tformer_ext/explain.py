@@ -82,12 +82,12 @@ def explain(query, key, value, **options):
         torch.bfloat16: bf16_products.get(isa, "bfloat16 widened to float32"),
     }[query.dtype]
     forward, backward = _splits(query, key, value, options)
-    if forward or backward:
+    if forward:  # backward wants larger products
         slices = "{} split into {} bfloat16 slices in tile registers (tdpbf16ps)".format(
             *("float16", "two") if query.dtype == torch.float16 else ("float32", "three")
         )
-        if not forward or not backward:
-            notes.append(f"{'forward' if backward else 'backward'} is too small to gain from slices: {product}")
+        if not backward:
+            notes.append(f"backward is too small to gain from slices: {product}")
         product = slices
     if query.dtype == torch.bfloat16 and not native_bf16:
         why = (

@@ -22,7 +22,7 @@ TFORMER_INLINE double row_product(const T* go, const T* o, int64_t width) {
   return static_cast<double>(sum_lanes<Real>(acc));
 }
 
-template <class T, class P = Pack<T>>
+template <class T, class P>
 class AttentionBackward : AttentionGradientRows<T, P> {
   using Base = AttentionGradientRows<T, P>;
   using typename Base::BlockRows;
@@ -211,13 +211,10 @@ class AttentionBackward : AttentionGradientRows<T, P> {
     const int64_t padded = round_up(keys.count, kColumnUnit<P>);
     Finite<P> finite;
     pack_transposed<P>(k, p.k.stride[2], keys.count, padded, p.D, k_t, Unseen{});
-    if constexpr (kSlices > 1) {
-      pack_transposed<P>(v, p.v.stride[2], keys.count, padded, p.Dv, v_t, finite);
-    } else {
-      pack_transposed<P>(v, p.v.stride[2], keys.count, padded, p.Dv, v_t, Unseen{});
-    }
+    FiniteSlices<P> values_finite;
+    pack_transposed<P>(v, p.v.stride[2], keys.count, padded, p.Dv, v_t, values_finite);
     pack_down_rows<P>(k, p.k.stride[2], keys.count, padded, p.D, k_down, kKeys / P::kStep, finite);
-    return finite.holds();
+    return finite.holds() && values_finite.holds();
   }
 
   // One kQueries x kKeys block: the five products. What position alone hides from all rows, or all keys, of a

@@ -7,7 +7,7 @@
 namespace tformer::TFORMER_ISA {
 namespace {
 
-template <class T, class P = Pack<T>>
+template <class T, class P>
 class AttentionForward : AttentionRowTiles<T, P> {
   using Base = AttentionRowTiles<T, P>;
   using typename Base::Product, typename Base::Results, typename Base::Span, typename Base::State, typename Base::Tile;
@@ -108,11 +108,7 @@ class AttentionForward : AttentionRowTiles<T, P> {
       const int64_t left = clamp(k_end - key0, 0, range_keys), padded = round_up(left, kColumnUnit<P>);
       const T* k = row_of<const T>(p.k, b, kv_head, s.k_begin + key0);
       const T* v = row_of<const T>(p.v, b, kv_head, s.k_begin + key0);
-      if constexpr (P::kSlices > 1) {
-        pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys, this->finite_keys = {});
-      } else {
-        pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys, Unseen{});
-      }
+      pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys, this->finite_keys = {});
       Finite<P> finite;
       pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values, range_keys / P::kStep, finite);
       last = key0 + range_keys >= seen_end;

@@ -81,14 +81,12 @@ struct AttentionGradientRows {
           end_(scores.plain && block.finite && rows.p.dropout_p == 0 ? first + (end - first) / 2 * 2 : first),
           next_(next),
           r_(first),
-          j_(seen.begin) {
-      const int64_t all = (end_ - first) / 2 * ((seen.end - seen.begin + kKeysAtOnce - 1) / kKeysAtOnce);
-      share_ = products > 0 ? (all * kWhole + products - 1) / products : 0;
-    }
+          j_(seen.begin),
+          share_((end_ - first) / 2 * ((seen.end - seen.begin + kKeysAtOnce - 1) / kKeysAtOnce), products) {}
 
     // Called after each of those products.
     TFORMER_INLINE void operator()() {
-      for (due_ += share_; due_ >= kWhole; due_ -= kWhole) make_one();
+      share_.after_one([this]() TFORMER_LAMBDA { make_one(); });
     }
     // Returns the first row that is left.
     int64_t finish() {
@@ -97,7 +95,7 @@ struct AttentionGradientRows {
     }
 
    private:
-    static constexpr int64_t kWhole = 65536, kKeysAtOnce = kSlices == 1 ? kKeys : 2 * L;
+    static constexpr int64_t kKeysAtOnce = kSlices == 1 ? kKeys : 2 * L;
 
     __attribute__((noinline)) void make_one() {
       if (r_ >= end_) return;
@@ -174,7 +172,8 @@ struct AttentionGradientRows {
     const Steps seen_;
     const int64_t end_;
     Upcoming<T>& next_;
-    int64_t r_, j_, share_, due_ = 0;
+    int64_t r_, j_;
+    EvenShare share_;
   };
 #endif
 

@@ -51,7 +51,7 @@ struct AttentionRowTiles {
   Group *keys, *values, *queries, *weights;
   Real* scores;
   uint8_t *live, *hidden;
-  Finite<P> finite_keys, finite_queries;  // of those in slices
+  FiniteSlices<P> finite_keys, finite_queries;
 
   AttentionRowTiles(const AttentionParams& params, Scratch& scratch)
       : p(params),
@@ -225,19 +225,17 @@ struct AttentionRowTiles {
           scaling_(row_scores.pending_scale()),
           scores_(tiles.scores_of(0, block)),
           weights_(tiles.weights_of(0, block)),
-          share_(products > 0 ? ((tile.rows + kRowsAtOnce - 1) / kRowsAtOnce * kWhole + products - 1) / products : 0) {}
+          share_((tile.rows + kRowsAtOnce - 1) / kRowsAtOnce, products) {}
 
     // Called after each of those products.
     TFORMER_INLINE void operator()() {
-      for (due_ += share_; due_ >= kWhole; due_ -= kWhole) make_one();
+      share_.after_one([this]() TFORMER_LAMBDA { make_one(); });
     }
     void finish() {
       while (r_ < tile_.rows) make_one();
     }
 
    private:
-    static constexpr int64_t kWhole = 65536;
-
     __attribute__((noinline)) void make_one() {
       if (r_ >= tile_.rows) return;
       if (!plain_ || !weigh()) {
@@ -269,8 +267,8 @@ struct AttentionRowTiles {
     const typename State::Scaling scaling_;
     const Real* const scores_;
     Group* const weights_;
-    const int64_t share_;
-    int64_t due_ = 0, r_ = 0;
+    EvenShare share_;
+    int64_t r_ = 0;
   };
 
   // A strip of columns of the weighted values of a whole stretch.
@@ -311,11 +309,7 @@ struct AttentionRowTiles {
       m.take_rows(reinterpret_cast<const Group*>(q), stride / P::kStep);
     } else {
       const int64_t padded = round_up(tile.rows, P::kRowUnit);
-      if constexpr (kSlices > 1) {
-        pack_along_row<P>(q, stride, tile.rows, padded, p.D, queries, finite_queries = {});
-      } else {
-        pack_along_row<P>(q, stride, tile.rows, padded, p.D, queries, Unseen{});
-      }
+      pack_along_row<P>(q, stride, tile.rows, padded, p.D, queries, finite_queries = {});
     }
     return m;
   }
@@ -412,7 +406,7 @@ struct AttentionRowTiles {
   // In tile registers there are scores of two key blocks, in turn.
   Real* scores_of(int64_t r, const Keys& some) const {
     if (!P::kTiles) return scores + r * stretch_keys + some.at();
-    return scores + (some.from / kKeyBlock % 2 * kTileRows + r) * kKeyBlock + some.from % kKeyBlock;
+    return scores + (some.from / kKeyBlock % 2 * kTileRows + r) * kKeyBlock;
   }
 
   void multiply_keys(const Product& m, int64_t rows, const Keys& some) const {
@@ -428,7 +422,7 @@ struct AttentionRowTiles {
       const IntoSums<P> panel{to + n * kPanel<P> - some.from, score_keys(), false};
       m.b = keys + panel_place<P>(n * kPanel<P>, groups);
       if (live[n]) {
-        if (kSlices > 1 && !(finite_keys.holds() && finite_queries.holds())) {
+        if (!finite_keys.holds() || !finite_queries.holds()) {
           product_without_hidden<P>(m, rows, columns, panel, Hidden{});
         } else if constexpr (P::kTiles) {
           tile_product(rows, static_cast<int>(columns / L), m, panel, beside, m.a, m.b, m.steps, int64_t{0},

@@ -98,7 +98,12 @@ class Finite {
 struct Unseen {
   template <class V>
   TFORMER_INLINE void operator()(V) const {}
+  static constexpr bool holds() { return true; }
 };
+
+// Asked of all operands in slices, whose lower ones are 0 for inf and NaN.
+template <class P>
+using FiniteSlices = std::conditional_t<(P::kSlices > 1), Finite<P>, Unseen>;
 
 // One vector of numbers from position d of a row of `width` elements; past the end it is zero.
 template <class Real, class T>

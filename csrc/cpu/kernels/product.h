@@ -187,6 +187,22 @@ TFORMER_INLINE void register_tile_columns(int columns, const ProductOperands<P>&
   }
 }
 
+// Pieces of other work, spread evenly over so many products.
+class EvenShare {
+ public:
+  EvenShare(int64_t pieces, int64_t products)
+      : share_(products > 0 ? (pieces * kWhole + products - 1) / products : 0) {}
+  // After a product: the pieces that are due.
+  template <class MakeOne>
+  TFORMER_INLINE void after_one(MakeOne&& make_one) {
+    for (due_ += share_; due_ >= kWhole; due_ -= kWhole) make_one();
+  }
+
+ private:
+  static constexpr int64_t kWhole = 65536;
+  int64_t share_, due_ = 0;
+};
+
 #if TFORMER_HAS_TILES
 // A register tile in tile registers: 0 to 3 hold the sums, 4 and 5 come from A, 6 and 7 from B. beside() is called
 // after every instruction: the CPU does there what it has beside these products, until their sums are stored.

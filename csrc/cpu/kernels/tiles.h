@@ -10,14 +10,7 @@ namespace {
 constexpr int kTileSide = 16;  // rows of a tile, and 32-bit elements of each
 constexpr int kTileGroups = kTileSide * kTileSide;
 
-}  // namespace
-}  // namespace tformer::TFORMER_ISA
-
 #if TFORMER_HAS_TILES
-
-namespace tformer::TFORMER_ISA {
-namespace {
-
 // All eight tiles, whole, in force in this thread while this lives. Without one in force the CPU has less to save when
 // threads take turns.
 class TilesInForce {
@@ -58,8 +51,7 @@ template <int kSums, int kA, int kB>
 TFORMER_INLINE void tile_multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
 }
+#endif
 
 }  // namespace
 }  // namespace tformer::TFORMER_ISA
-
-#endif
