@@ -5,7 +5,7 @@ import datetime
 import json
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -53,7 +53,8 @@ def read_csv(path: Path) -> tuple[dict[str, str], list[Record]]:
     lines = path.read_text(encoding="utf-8").splitlines()
     about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
     reader = csv.DictReader(line for line in lines if not line.startswith("#"))
-    missing = {f.name for f in fields(Record)} - set(reader.fieldnames or ())
+    needed = {f.name for f in fields(Record) if f.default is MISSING}
+    missing = needed - set(reader.fieldnames or ())
     if missing:
         raise ValueError(f"{path}: expected a CSV file of this benchmark, columns are missing: {sorted(missing)}")
     return about, [Record.from_strings(row) for row in reader]

@@ -27,6 +27,7 @@ class Contender:
     prepare: Callable[[], object] | None = None
     is_peer: bool = True  # does the same job, so a ratio to it means something
     compiles: bool = False  # its first call says nothing about the next ones
+    share: float = 1.0  # of the budget
 
 
 @dataclass
@@ -93,7 +94,7 @@ def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
                     _batch(plan, options)
     for plan in plans:
         plan.timing.page_faults /= max(1, plan.timing.calls)
-        if options.memory and plan.timing.median < 1.0:
+        if options.memory and plan.contender.is_peer and plan.timing.median < 1.0:
             measured = extra_gpu_bytes if options.device == "cuda" else extra_bytes
             plan.timing.extra_bytes = measured(plan.contender)
     return {plan.contender.name: plan.timing for plan in plans}
@@ -103,14 +104,15 @@ def _plan(contender: Contender, options: Options) -> Plan:
     """Warms the contender up and spreads its budget."""
     plan = Plan(contender, Timing())
     first = _timed(contender, 1, options.device)
-    if not contender.compiles and first > 4 * options.budget:
+    budget = contender.share * options.budget
+    if not contender.compiles and first > 4 * budget:
         plan.timing.seconds, plan.timing.calls = [first], 1
         return plan
     second = _timed(contender, 1, options.device)
     if second < BATCH_SECONDS:  # too short to judge by one call
         second = min(second, _timed(contender, 10, options.device) / 10)
     plan.inner = max(1, math.ceil(BATCH_SECONDS / second))
-    plan.rounds = min(MOST_ROUNDS, max(3, int(options.budget / (second * plan.inner))))
+    plan.rounds = min(MOST_ROUNDS, max(3, int(budget / (second * plan.inner))))
     return plan
 
 

@@ -8,6 +8,7 @@ import torch
 from .ceilings import Ceilings, measure_ceilings, measure_gpu_ceilings
 from .harness import Contender, Options, Timing, measure
 from .record import Record
+from .weather import PROBE, probe_contender
 
 OURS = "ours"  # the first contender of every job
 COPY = "copy"  # a contender that only moves as many bytes as the floor of its job
@@ -58,8 +59,13 @@ class Job:
     floor: Floor | None = None
 
     @property
+    def key(self) -> tuple[str, str, str, str]:
+        """That of its records."""
+        return self.group, self.case, self.dtype, self.direction
+
+    @property
     def name(self) -> str:
-        return f"{self.group}/{self.case}/{self.dtype}/{self.direction}"
+        return "/".join(self.key)
 
     def run(self, options: Options) -> Iterator[Record]:
         """Ceilings are measured right before, so that they meet the machine in the same state."""
@@ -69,7 +75,8 @@ class Job:
             on_gpu = options.device == "cuda"
             ceilings = measure_gpu_ceilings(dtype) if on_gpu else measure_ceilings(dtype, options.threads)
         contenders = self.contenders(options)
-        timings = measure(contenders, options)
+        probe = [] if options.device == "cuda" else [probe_contender(options.threads)]
+        timings = measure(contenders + probe, options)
         for contender in contenders:
             if contender.name in timings:
                 yield self._record(contender, timings, ceilings, options)
@@ -92,6 +99,7 @@ class Job:
             ratio_to_ours=timing.median / timings[OURS].median,
             extra_bytes=timing.extra_bytes,
             page_faults=timing.page_faults,
+            probe_us=1e6 * timings[PROBE].median if PROBE in timings else None,
         )
         if self.floor:
             copied = timings[COPY].median if COPY in timings else None

@@ -26,6 +26,7 @@ class Record:
     ratio_to_ours: float | None = None  # how many times as long as ours
     extra_bytes: int | None = None  # allocated through torch during the call beyond its results
     page_faults: float | None = None  # minor ones, per call
+    probe_us: float | None = None  # of a fixed product, in turn with the contenders: the machine's speed at the time
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -37,10 +38,11 @@ class Record:
 
     @classmethod
     def from_strings(cls, row: dict[str, str]) -> "Record":
-        """From a row of a CSV file; an empty cell is None."""
+        """From a row of a CSV file; an empty cell is None, as is a column that came later."""
         values = {}
         for f in fields(cls):
-            text = row[f.name]
+            if (text := row.get(f.name)) is None:
+                continue  # a column that is younger than the file
             if f.type is bool or f.type is str:
                 values[f.name] = text == "True" if f.type is bool else text
             elif text == "":

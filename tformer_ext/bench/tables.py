@@ -9,22 +9,36 @@ from .accuracy import Errors
 from .bars import Bar
 from .job import OURS
 from .record import Record, best_peer, by_case
+from .weather import STILL, disturbed, stillness
 
 
 def print_cases(console: Console, records: Iterable[Record]) -> None:
-    """A table for each group: ours, how many times as long each peer takes, and how near the floor we are."""
+    """A table for each group: ours, how many times as long each peer takes, how near the floor we are, and how near its
+    best the machine was."""
+    records = list(records)
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.group, []).append(record)
     for group, members in groups.items():
         peers = list(dict.fromkeys(r.contender for r in members if r.contender != OURS))
-        columns = ("case", "dtype", "", "ours us", *(f"{p} x" for p in peers), "floor %", "FMA %", "extra MiB")
+        columns = (
+            "case",
+            "dtype",
+            "",
+            "ours us",
+            *(f"{p} x" for p in peers),
+            "floor %",
+            "FMA %",
+            "extra MiB",
+            "quiet %",
+        )
         table = Table(*columns, title=group, title_justify="left")
         for contenders in by_case(members).values():
             ours, best = contenders[OURS], best_peer(contenders)
             cells = [_ratio(contenders.get(name), best) for name in peers]
             extra = None if ours.extra_bytes is None else ours.extra_bytes / 2**20
-            figures = (ours.percent_of_floor, ours.percent_of_fma, extra)
+            quiet = stillness(ours, records)
+            figures = (ours.percent_of_floor, ours.percent_of_fma, extra, quiet and 100 * quiet)
             row = (ours.case, ours.dtype, ours.direction[:3], f"{ours.median_us:.4g}", *cells)
             table.add_row(*row, *("" if f is None else f"{f:.3g}" for f in figures))
         console.print(table)
@@ -39,13 +53,18 @@ def _ratio(record: Record | None, best: Record | None) -> str:
     return f"[green]{text}[/]" if record.ratio_to_ours >= 1 else f"[red]{text}[/]"
 
 
-def print_bars(console: Console, bars: Iterable[Bar]) -> None:
+def print_bars(console: Console, bars: Iterable[Bar], records: list[Record]) -> None:
+    """The bars, and how many cases they were measured by in a machine that was busy with other things."""
     table = Table("bar", "required", "measured", "", "decided by", title="bars", title_justify="left")
     for bar in bars:
         colour = {None: "dim", True: "green", False: "red"}[bar.holds]
         measured = "" if bar.measured is None else f"{bar.measured:.3g}"
         table.add_row(bar.name, bar.required, measured, f"[{colour}]{bar.verdict()}[/]", bar.detail)
     console.print(table)
+    if restless := disturbed(records):
+        total = len(by_case(records))
+        slower = f"below {100 * STILL:.0f} % of its best speed"
+        console.print(f"{len(restless)} of {total} cases were measured while the machine ran {slower} (quiet %)")
 
 
 def print_errors(console: Console, errors: Iterable[Errors]) -> None:
