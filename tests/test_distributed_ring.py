@@ -15,6 +15,7 @@ from tformer_ext.distributed.seeds import numbered_seed
 from tformer_ext.distributed.sequence import segments
 from tformer_ext.ops.attention import _forward
 from tformer_ext.reference.attention import visible_keys
+from tformer_ext.reference.philox import keep_scale
 
 SHAPE = (2, 2, 2, 48, 48, 16, 16)  # B, Hq, Hk, Sq, Sk, D, Dv
 CASES = [
@@ -229,7 +230,7 @@ def dropout(rank, world, layout, causal):
 
     def dense(q, k, v, return_lse):
         scores = (q @ k.transpose(-1, -2) * 8**-0.5).masked_fill(~visible, -torch.inf)
-        return (scores.softmax(-1) * kept / (1 - p)) @ v, scores.logsumexp(-1)
+        return (scores.softmax(-1) * kept * keep_scale(p)) @ v, scores.logsumexp(-1)
 
     expected = gradients(dense, [t.requires_grad_() for t in qkv], {}, cotangents)
     options.update(dropout_p=p, dropout_seed=seed)

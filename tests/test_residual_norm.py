@@ -1,11 +1,14 @@
 """residual_layer_norm, residual_rms_norm: values and gradients, accuracy, determinism."""
 
+from unittest import mock
+
 import pytest
 import torch
 from tolerances import DTYPES, assert_close, assert_gradient_close, farther, yardstick_dtype
 
 from tformer_ext import functional as F
 from tformer_ext import reference
+from tformer_ext.reference import norm_dropout_mask
 
 SHAPES = [(3, 7), (5, 64), (33, 768), (130, 65), (70, 1000)]
 FUNCTIONS = {
@@ -70,19 +73,21 @@ def test_values_and_gradients(kind, variant, kernels):
 
 
 def yardsticks(specification, tensors, options, cotangents):
-    """The same maths with its sums in several orders: rows and columns permuted, where no dropout counts them."""
+    """The same maths with its sums in several orders: rows and columns permuted, and what dropout keeps with them."""
     results = []
-    for seed in range(4 if "dropout_p" not in options else 1):
+    for seed in range(4):
         draw = torch.Generator("cpu").manual_seed(seed)
         M, N = cotangents[0].shape
         rows, columns = (torch.randperm(n, generator=draw, device="cpu") for n in (M, N))
-        if "dropout_p" in options:
-            rows, columns = torch.arange(M), torch.arange(N)
 
         def permuted(t, rows=rows, columns=columns):
             return t if t is None else t[columns] if t.dim() == 1 else t[rows][:, columns]
 
-        outs, grads = run(specification, map(permuted, tensors), options, [permuted(c) for c in cotangents])
+        def mask(*args, permuted=permuted, **kwargs):
+            return permuted(norm_dropout_mask(*args, **kwargs))
+
+        with mock.patch.object(reference.residual_norm, "norm_dropout_mask", mask):
+            outs, grads = run(specification, map(permuted, tensors), options, [permuted(c) for c in cotangents])
         back_r, back_c = rows.argsort(), columns.argsort()
         results.append([[permuted(t, back_r, back_c) for t in group] for group in (outs, grads)])
     return [list(zip(*(r[n] for r in results), strict=True)) for n in (0, 1)]

@@ -65,7 +65,8 @@ def attention(
         key_lengths: (B,) int: only the first key_lengths[b] keys exist; Sk of the rules above is then that number.
         scale: factor of the scores; None = 1 / sqrt(D).
         softcap: c > 0 makes each scaled score c * tanh(score / c), before bias and masks.
-        dropout_p: probability with which a weight is dropped; the others grow by 1 / (1 - p).
+        dropout_p: probability with which a weight is dropped, taken as a multiple of 2**-16; the others grow by
+            1 / (1 - p).
         dropout_seed: int or int64 tensor of one element that fixes the dropped weights; None draws one from torch's
             default generator.
         return_lse: also return the log-sum-exp of each row.

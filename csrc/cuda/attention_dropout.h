@@ -1,4 +1,4 @@
-// Which weights of a tile dropout keeps, as bits in shared memory: philox.h, one counter for four keys.
+// Which weights of a tile dropout keeps, as bits in shared memory: philox.h, one counter for eight keys.
 #pragma once
 
 #include <gpu/device.h>
@@ -21,17 +21,23 @@ struct KeepBits {
   TFORMER_DEVICE void draw(const AttentionParams& p, int b, int h, int first_query, int first_key) const {
     const auto seed = static_cast<uint64_t>(*p.dropout_seed);
     const uint32_t threshold = dropout_threshold(p.dropout_p);
-    // a thread takes half of a word, eight counters: of each of its four groups of 16 keys one byte
+    // a thread takes half of a word, four counters: of each of its four groups of 16 keys one byte
     for (int n = thread_index(); n < kQueries * kBlocks * 2; n += kThreads) {
       const int query = n / (2 * kBlocks), block = n / 2 % kBlocks, half = n % 2;
-      const auto base = static_cast<uint32_t>((first_key / kKeepBlock + block) * 16 + 8 * half);
+      const auto base = static_cast<uint32_t>((first_key / kKeepBlock + block) * kPhiloxCounters + 4 * half);
       uint32_t bits[4] = {0, 0, 0, 0};
 #pragma unroll 2
-      for (uint32_t c = 0; c < 8; ++c) {
+      for (uint32_t c = 0; c < 4; ++c) {
         const PhiloxWords random = philox(base + c, static_cast<uint32_t>(first_query + query),
                                           static_cast<uint32_t>(h), static_cast<uint32_t>(b), seed);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) bits[w] |= static_cast<uint32_t>(random.word[w] >= threshold) << c;
+        for (int group = 0; group < 4; ++group) {
+#pragma unroll
+          for (uint32_t odd = 0; odd < 2; ++odd) {
+            const bool keep = random.number(group, static_cast<int>(odd)) >= threshold;
+            bits[group] |= static_cast<uint32_t>(keep) << (2 * c + odd);
+          }
+        }
       }
       char* word = data + (query * kBlocks + block) * 8 + half;
 #pragma unroll
@@ -46,13 +52,18 @@ struct KeepBits {
 
 // One pair alone.
 TFORMER_DEVICE bool is_kept(const AttentionParams& p, int b, int h, int i, int j) {
-  const auto at = static_cast<uint32_t>(j / kKeepBlock * 16 + j % 16);
+  const auto at = static_cast<uint32_t>(j / kKeepBlock) * kPhiloxCounters + static_cast<uint32_t>(j % 16 / 2);
   const PhiloxWords random = philox(at, static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b),
                                     static_cast<uint64_t>(*p.dropout_seed));
-  uint32_t word = 0;
+  uint32_t number = 0;
 #pragma unroll
-  for (int w = 0; w < 4; ++w) word = j % kKeepBlock / 16 == w ? random.word[w] : word;
-  return word >= dropout_threshold(p.dropout_p);
+  for (int group = 0; group < 4; ++group) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      if (j % kKeepBlock / 16 == group && j % 2 == odd) number = random.number(group, odd);
+    }
+  }
+  return number >= dropout_threshold(p.dropout_p);
 }
 
 }  // namespace tformer::gpu

@@ -7,10 +7,15 @@
 
 namespace tformer {
 
-// Word w serves position 64 (c0 / 16) + 16 w + c0 % 16 of the row that the other counter words stand for: a thread that
-// holds positions 16 apart uses all four.
+// c0 is counter c of philox.h, in the row that the other counter words stand for: a thread that holds pairs of
+// positions 16 apart uses all of it.
 struct PhiloxWords {
   uint32_t word[4];
+
+  // The number of position 16 group + odd, counted from the first that the counter serves.
+  TFORMER_DEVICE uint32_t number(int group, int odd) const {
+    return word[group / 2 * 2 + odd] >> group % 2 * 16 & 0xFFFF;
+  }
 };
 
 // Counter words: DESIGN.md, Dropout. The key is the seed.

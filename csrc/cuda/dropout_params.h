@@ -7,7 +7,7 @@ namespace tformer {
 
 struct DropoutParams {
   const int64_t* seed;  // null: no dropout
-  uint32_t drop_below;  // an element whose word is below this is dropped
+  uint32_t drop_below;  // an element whose number is below this is dropped
   double scale;         // of the others
 };
 

@@ -1,7 +1,7 @@
 // What the kernels of the residual norms share: how a row is spread over threads, read, written and summed.
 //
-// A piece is what 16 bytes hold of x. A quad is the pieces at columns c, c + 16, c + 32, c + 48 of a block of 64: the
-// four words of a Philox counter serve one element of each. Quad q of a row belongs to thread q % group of the threads
+// A piece is what 16 bytes hold of x. A quad is the pieces at columns c, c + 16, c + 32, c + 48 of a block of 64: a
+// Philox counter serves two elements of each. Quad q of a row belongs to thread q % group of the threads
 // that share it. A thread keeps the quads it has in registers; where a row is too wide for that it reads them again for
 // each pass, which then come out of the cache.
 #pragma once
@@ -153,13 +153,18 @@ struct NormRow {
     if (!c.dropout.seed) return;
     const auto seed = static_cast<uint64_t>(*c.dropout.seed);
     const Real scale = static_cast<Real>(c.dropout.scale);
-    const auto first = static_cast<uint32_t>(q * kE);  // 16 counters for each block of 64 columns
+    const auto first = static_cast<uint32_t>(q * (kE / 2));  // a counter for each two columns of a piece
 #pragma unroll
-    for (int e = 0; e < kE; ++e) {
-      const PhiloxWords random = philox(first + static_cast<uint32_t>(e), static_cast<uint32_t>(i),
+    for (int e = 0; e < kE; e += 2) {
+      const PhiloxWords random = philox(first + static_cast<uint32_t>(e / 2), static_cast<uint32_t>(i),
                                         static_cast<uint32_t>(i >> 32), kPhiloxNormStream, seed);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) x[w][e] *= random.word[w] < c.dropout.drop_below ? Real(0) : scale;
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          x[n][e + odd] *= random.number(n, odd) < c.dropout.drop_below ? Real(0) : scale;
+        }
+      }
     }
   }
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .philox import keep_scale, random_words, threshold
+from .philox import keep_scale, random_numbers, threshold
 
 CAUSAL = {None: 0, False: 0, True: 1, "upper_left": 1, "lower_right": 2, 2: 2}  # 0 and 1 equal False and True
 
@@ -39,7 +39,7 @@ def attention_dropout_mask(seed, B, H, Sq, Sk, p, *, device=None, first_row=0, f
     h = torch.arange(H, device=device).view(1, H, 1, 1)
     i = torch.arange(first_row, first_row + Sq, device=device).view(1, 1, Sq, 1)
     j = torch.arange(Sk, device=device).view(1, 1, 1, Sk)
-    return random_words(j, i, h, b, seed) >= threshold(p)
+    return random_numbers(j, i, h, b, seed) >= threshold(p)
 
 
 def attention(query, key, value, **options):

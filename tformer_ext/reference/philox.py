@@ -38,18 +38,19 @@ def philox(counter, seed, rounds=ROUNDS):
     return c0, c1, c2, c3
 
 
-def random_words(position, c1, c2, c3, seed):
-    """The 32-bit word of each position: blocks of 64 share 16 counters, whose four words serve 16 positions each."""
-    words = torch.stack(philox(((position >> 6 << 4) | (position & 15), c1, c2, c3), seed))
-    which = torch.broadcast_to((position >> 4) & 3, words.shape[1:])
-    return words.gather(0, which.unsqueeze(0)).squeeze(0)
+def random_numbers(position, c1, c2, c3, seed):
+    """The 16-bit number of each position: blocks of 64 share 8 counters, each word of which serves two positions."""
+    counter = (position >> 6 << 3) | ((position & 15) >> 1)
+    words = torch.stack(philox((counter, c1, c2, c3), seed))
+    which = torch.broadcast_to((position >> 5 & 1) << 1 | position & 1, words.shape[1:])
+    return words.gather(0, which.unsqueeze(0)).squeeze(0) >> (position >> 4 & 1) * 16 & 0xFFFF
 
 
 def threshold(p):
-    """An element is dropped where its word is below this."""
-    return min(int(p * 2**32 + 0.5), MASK)
+    """An element is dropped where its number is below this: the probability is a multiple of 2**-16."""
+    return min(int(p * 2**16 + 0.5), 2**16 - 1)
 
 
 def keep_scale(p):
-    """What a kept element is multiplied by."""
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    """What a kept element is multiplied by: 1 / (1 - p), p as it is after rounding to a multiple of 2**-16."""
+    return 2**16 / (2**16 - threshold(p)) if p < 1.0 else 0.0

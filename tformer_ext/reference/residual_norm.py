@@ -2,7 +2,7 @@
 
 import torch
 
-from .philox import MASK, keep_scale, random_words, threshold
+from .philox import MASK, keep_scale, random_numbers, threshold
 
 
 def norm_dropout_mask(seed, M, N, p, *, device=None):
@@ -10,7 +10,7 @@ def norm_dropout_mask(seed, M, N, p, *, device=None):
     row = torch.arange(M, device=device).view(M, 1)
     column = torch.arange(N, device=device).view(1, N)
     stream = 0x4E4F524D  # "NORM": apart from attention's counters
-    return random_words(column, row & MASK, row >> 32, stream, seed) >= threshold(p)
+    return random_numbers(column, row & MASK, row >> 32, stream, seed) >= threshold(p)
 
 
 def residual_layer_norm(x, residual=None, weight=None, bias=None, **options):

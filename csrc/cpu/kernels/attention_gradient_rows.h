@@ -28,8 +28,10 @@ struct AttentionGradientRows {
   Real *s, *dp, *cap, *lse, *delta;
   Group *p_down, *ds_down, *ds_along;
   uint8_t* hidden;
+  const Dropout dropout;
 
-  AttentionGradientRows(const AttentionParams& params, Scratch& scratch, int64_t q_count) : p(params) {
+  AttentionGradientRows(const AttentionParams& params, Scratch& scratch, int64_t q_count)
+      : p(params), dropout(p.dropout_p, p.dropout_seed) {
     constexpr int64_t kBlock = kQueries * kKeys;
     s = scratch.take<Real>(kInTurn * kAtATime);
     dp = scratch.take<Real>(kInTurn * kAtATime);
@@ -48,6 +50,11 @@ struct AttentionGradientRows {
     int64_t b, h, i, rows, at, key0, keys, width;
     bool finite;
   };
+
+  static DropoutRow counter_of(const BlockRows& block, int64_t r) {
+    const auto i = static_cast<uint32_t>(block.i + r);
+    return {i, static_cast<uint32_t>(block.h), static_cast<uint32_t>(block.b)};
+  }
 
   // Rows [first, end) of a block, for which there are s and dp; those past block.rows are padding. seen: the keys of
   // each row tile that there are products for.
@@ -78,7 +85,7 @@ struct AttentionGradientRows {
           range_(scores.range.from_key(block.key0)),
           scale_(scores.scale),
           seen_(seen),
-          end_(scores.plain && block.finite && rows.p.dropout_p == 0 ? first + (end - first) / 2 * 2 : first),
+          end_(scores.plain && block.finite ? first + (end - first) / 2 * 2 : first),
           next_(next),
           r_(first),
           j_(seen.begin),
@@ -99,9 +106,13 @@ struct AttentionGradientRows {
 
     __attribute__((noinline)) void make_one() {
       if (r_ >= end_) return;
-      if (j_ == seen_.begin) leave_out_unseen();
+      const bool dropping = rows_.p.dropout_p > 0;
+      if (j_ == seen_.begin) {
+        leave_out_unseen();
+        if (dropping) draw();
+      }
       const int64_t end = j_ + kKeysAtOnce < seen_.end ? j_ + kKeysAtOnce : seen_.end;
-      differentiate(j_, end);
+      dropping ? differentiate<true>(j_, end) : differentiate<false>(j_, end);
       j_ = end;
       if (j_ < seen_.end) return;
       j_ = seen_.begin, r_ += 2;
@@ -122,6 +133,18 @@ struct AttentionGradientRows {
       }
     }
 
+    // The factors of dropout of both rows.
+    void draw() {
+      for (int64_t j = seen_.begin / kKeyBlock * kKeyBlock; j < seen_.end; j += kKeyBlock) {
+        F factor[2][Dropout::kVectors];
+        rows_.dropout.factor_vectors(counter_of(block_, r_), block_.key0 + j, factor);
+        for (int n = 0; n < 2; ++n) {
+          for (int v = 0; v < Dropout::kVectors; ++v) store(keep_ + n * kKeys + j + v * L, factor[n][v]);
+        }
+      }
+    }
+
+    template <bool kDropping>
     TFORMER_INLINE void differentiate(int64_t begin, int64_t end) const {
       const int64_t i = block_.i + r_, at = block_.at + r_, place = scores_place(r_);
       // copies: a store could change the members
@@ -154,8 +177,15 @@ struct AttentionGradientRows {
             } else {
               weight[n][v] = exp2_vec<float, T>((score * scale - shift[n]) * kLog2e<float>);
             }
-            const F all = weight[n][v] * (load(dp_rows + n * kKeys + key) * scale + row_delta[n]);
+            F dweight = load(dp_rows + n * kKeys + key);
+            F kept = weight[n][v];
+            if constexpr (kDropping) {
+              const F factor = load(keep_ + n * kKeys + key);
+              dweight *= factor, kept *= factor;
+            }
+            const F all = weight[n][v] * (dweight * scale + row_delta[n]);
             ds[n][v] = score == none ? F{} : all;
+            weight[n][v] = kept;
           }
         }
         const int64_t along = place_along<P>(r, j / 2, kAlong), pairs[] = {down(r, j), down(r, j + L)};
@@ -174,6 +204,7 @@ struct AttentionGradientRows {
     Upcoming<T>& next_;
     int64_t r_, j_;
     EvenShare share_;
+    alignas(64) float keep_[2 * kKeys];
   };
 #endif
 
@@ -200,9 +231,8 @@ struct AttentionGradientRows {
     scores.finish_row(x, i, key0, width, p.softcap != 0 ? cap : nullptr);
     alignas(64) Real keep[kKeys];
     if (p.dropout_p > 0) {
-      const DropoutRow counter{static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
-      const Dropout dropout(p.dropout_p, p.dropout_seed);
-      for (int64_t j = 0; j < kKeys; j += kKeyBlock) dropout.factors(counter, key0 + j, kKeyBlock, keep + j);
+      const DropoutRow counter = counter_of(block, r);
+      for (int64_t j = 0; j < kKeys; j += kKeyBlock) dropout.factors(counter, key0 + j, keep + j);
     }
     if (!block.finite) {
       for (int64_t j = 0; j < width; ++j) row.hidden[j] = x[j] == -kInfinity<Real>;

@@ -51,6 +51,7 @@ struct AttentionRowTiles {
   Group *keys, *values, *queries, *weights;
   Real* scores;
   uint8_t *live, *hidden;
+  const Dropout dropout;
   FiniteSlices<P> finite_keys, finite_queries;
 
   AttentionRowTiles(const AttentionParams& params, Scratch& scratch)
@@ -60,7 +61,8 @@ struct AttentionRowTiles {
         q_groups(row_groups<P>(p.D)),
         groups(sum_groups<P>(p.D)),
         out_columns(round_up(p.Dv, L)),
-        weight_groups(stretch_keys / P::kStep) {
+        weight_groups(stretch_keys / P::kStep),
+        dropout(p.dropout_p, p.dropout_seed) {
     constexpr int64_t kInTurn = P::kTiles ? 2 : 1;
     keys = scratch.take<Group>(range_keys * kSlices * groups);
     values = scratch.take<Group>(range_keys / P::kStep * kSlices * out_columns);
@@ -165,7 +167,7 @@ struct AttentionRowTiles {
   Span weigh_in_tiles(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, int64_t key0,
                       const Span& seen, bool finite, Upcoming<T>& next) {
     if (seen.begin >= seen.end) return seen;
-    const bool plain = row_scores.plain && finite && p.dropout_p == 0;
+    const bool plain = row_scores.plain && finite;
     const auto block = [&](int64_t begin, int64_t from) {
       return Keys{key0, begin, from, from + kKeyBlock < seen.end ? from + kKeyBlock : seen.end};
     };
@@ -246,11 +248,22 @@ struct AttentionRowTiles {
     }
 
     TFORMER_INLINE bool weigh() {
+      if (tiles_.p.dropout_p == 0) return weigh([](int, int, F weight) TFORMER_LAMBDA { return weight; });
+      U32 number[kRowsAtOnce][kKeyBlock / L];
+      const Dropout& dropout = tiles_.dropout;
+      dropout.template numbers<kRowsAtOnce>(counter_of(tile_, r_), block_.key0 + block_.from,
+                                            [&](int i, int at, U32 some) TFORMER_LAMBDA { number[i][at / L] = some; });
+      return weigh([&, kept = static_cast<float>(dropout.scale)](int i, int n, F weight)
+                       TFORMER_LAMBDA { return multiply_where_at_least(number[i][n], dropout.least, weight, kept); });
+    }
+
+    template <class Leave>
+    TFORMER_INLINE bool weigh(Leave&& leave) {
       constexpr int kAll = static_cast<int>(kKeyBlock / L);
       const auto weigh = [&](auto columns) TFORMER_LAMBDA {
         return tile_.state.template weigh_scores<kRowsAtOnce, columns>(
             r_, scores_ + r_ * kKeyBlock, kKeyBlock, edge_ ? &bounds_ : nullptr, scaling_,
-            weights_ + place_along<P>(r_, 0, tiles_.weight_groups));
+            weights_ + place_along<P>(r_, 0, tiles_.weight_groups), leave);
       };
       if (block_.count() == kKeyBlock) return weigh(std::integral_constant<int, kAll>{});
       return weigh(std::integral_constant<int, kAll / 2>{});
@@ -389,7 +402,7 @@ struct AttentionRowTiles {
       Group* row_weights = weights_of(r, some);
       tile.state.weigh(r, row, n, scale, p.dropout_p > 0 ? nullptr : row_weights);
       if (p.dropout_p > 0) {
-        drop_row(row, tile.b, tile.head(r), tile.query(r), key, n);
+        drop_row(row, counter_of(tile, r), key, n);
         narrow_along_row<P>(row, n, row_weights);
       }
     }
@@ -469,13 +482,15 @@ struct AttentionRowTiles {
     for (int64_t d = 0; d < out_columns; d += L) store(o + d, load(o + d) * by);
   }
 
-  void drop_row(Real* row, int64_t b, int64_t h, int64_t i, int64_t key, int64_t n) const {
-    const Dropout dropout(p.dropout_p, p.dropout_seed);
-    const DropoutRow counter{static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
+  static DropoutRow counter_of(const Tile& tile, int64_t r) {
+    return {static_cast<uint32_t>(tile.query(r)), static_cast<uint32_t>(tile.head(r)), static_cast<uint32_t>(tile.b)};
+  }
+
+  void drop_row(Real* row, const DropoutRow& counter, int64_t key, int64_t n) const {
     alignas(64) Real factor[kPhiloxBlock];
     for (int64_t j = 0; j < n; j += kPhiloxBlock) {
       const int64_t count = n - j < kPhiloxBlock ? n - j : kPhiloxBlock;
-      dropout.factors(counter, key + j, count, factor);
+      dropout.factors(counter, key + j, factor);
       for (int64_t c = 0; c < count; ++c) row[j + c] *= factor[c];
     }
   }

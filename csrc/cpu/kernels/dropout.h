@@ -21,70 +21,89 @@ struct PhiloxKeys {
   }
 };
 
-// The words of as many counters as U32 has lanes. They are worked on in the lower halves of 64-bit lanes, even and odd
-// counters apart: a product leaves its lower word in place and its upper word one shift away, and what lies in the
-// upper halves is ignored by the next product.
-struct Philox {
-  U32 word[4];
-
-  TFORMER_INLINE Philox(U32 c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKeys& keys) {
-    U64 c[2][4];
-    for (int odd = 0; odd < 2; ++odd) {
-      c[odd][0] = odd ? (U64)c0 >> 32 : (U64)c0;
-      c[odd][1] = U64{} + c1, c[odd][2] = U64{} + c2, c[odd][3] = U64{} + c3;
-    }
-#pragma GCC unroll 7
-    for (const uint64_t (&k)[2] : keys.k) {
-#pragma GCC unroll 2
-      for (U64(&x)[4] : c) {
-        const U64 product0 = multiply_even((U32)x[0], kPhiloxM0), product1 = multiply_even((U32)x[2], kPhiloxM1);
-        x[0] = (product1 >> 32) ^ x[1] ^ k[0];
-        x[1] = product1;
-        x[2] = (product0 >> 32) ^ x[3] ^ k[1];
-        x[3] = product0;
-      }
-    }
-    for (int i = 0; i < 4; ++i) word[i] = interleave_even((U32)c[0][i], (U32)c[1][i]);
-  }
-};
-
 // What stands for (row, head, batch) of attention or (row, row >> 32, stream) of a norm in the counter.
 struct DropoutRow {
   uint32_t c1, c2, c3;
 };
 
+// The words of as many counters as U64 has lanes, in kRows consecutive rows: words[r][n] has word 2 n of each counter
+// and, in the next lane, word 2 n + 1. They are worked on in the lower halves of 64-bit lanes: a product leaves its
+// lower word in place and its upper word one shift away, and what lies in the upper halves is ignored by the next
+// product. A row is a chain of dependent operations; several fill the units.
+template <int kRows>
+struct Philox {
+  U32 words[kRows][2];
+
+  TFORMER_INLINE Philox(U64 c0, const DropoutRow& row, const PhiloxKeys& keys) {
+    U64 x[kRows][4];
+    for (int r = 0; r < kRows; ++r) {
+      x[r][0] = c0, x[r][1] = U64{} + (row.c1 + static_cast<uint32_t>(r));
+      x[r][2] = U64{} + row.c2, x[r][3] = U64{} + row.c3;
+    }
+#pragma GCC unroll 7
+    for (const uint64_t (&k)[2] : keys.k) {
+#pragma GCC unroll 2
+      for (U64(&c)[4] : x) {
+        const U64 product0 = multiply_even((U32)c[0], kPhiloxM0), product1 = multiply_even((U32)c[2], kPhiloxM1);
+        c[0] = (product1 >> 32) ^ c[1] ^ k[0];
+        c[1] = product1;
+        c[2] = (product0 >> 32) ^ c[3] ^ k[1];
+        c[3] = product0;
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int n = 0; n < 2; ++n) words[r][n] = interleave_even((U32)x[r][2 * n], (U32)x[r][2 * n + 1]);
+    }
+  }
+};
+
 struct Dropout {
   PhiloxKeys keys;
-  uint32_t threshold;
-  double scale;  // of what is kept
+  uint32_t least;  // of what is kept, a number in the upper half of a lane
+  double scale;    // of what is kept
 
   TFORMER_INLINE Dropout(double p, const int64_t* seed_)
-      : keys(seed_ ? static_cast<uint64_t>(*seed_) : 0), threshold(dropout_threshold(p)), scale(dropout_scale(p)) {}
+      : keys(seed_ ? static_cast<uint64_t>(*seed_) : 0), least(dropout_threshold(p) << 16), scale(dropout_scale(p)) {}
 
-  // take(at, words): the random words of the positions from first + at, for all 64 from `first`, a multiple of 64.
-  template <class Take>
-  TFORMER_INLINE void words(const DropoutRow& row, int64_t first, Take&& take) const {
-    const uint32_t base = static_cast<uint32_t>(first / kPhiloxBlock * 16);
-    for (int c = 0; c < 16; c += kLanes<uint32_t>) {
-      const Philox random(lane_index<uint32_t>() + (base + c), row.c1, row.c2, row.c3, keys);
-      for (int w = 0; w < 4; ++w) take(16 * w + c, random.word[w]);
+  // take(r, at, numbers): the random numbers, in the upper halves of lanes, of the positions from first + at in row
+  // + r, for all 64 from `first`, a multiple of 64.
+  template <int kRows, class Take>
+  TFORMER_INLINE void numbers(const DropoutRow& row, int64_t first, Take&& take) const {
+    const auto base = static_cast<uint64_t>(first / kPhiloxBlock) * kPhiloxCounters;
+    for (int c = 0; c < static_cast<int>(kPhiloxCounters); c += kLanes<uint64_t>) {
+      const Philox<kRows> random(lane_index<uint64_t>() + (base + c), row, keys);
+      for (int r = 0; r < kRows; ++r) {
+        for (int n = 0; n < 2; ++n) {
+          take(r, 32 * n + 2 * c, random.words[r][n] << 16);
+          take(r, 32 * n + 16 + 2 * c, random.words[r][n]);
+        }
+      }
     }
   }
 
-  // factor[j] = scale where position first + j is kept, 0 where it is dropped, for n positions (n <= 64).
+  // The factors of all 64 positions from `first` in so many rows, in vectors of float.
+  static constexpr int kVectors = static_cast<int>(kPhiloxBlock) / kLanes<float>;
+  template <int kRows>
+  TFORMER_INLINE void factor_vectors(const DropoutRow& row, int64_t first, F (&factor)[kRows][kVectors]) const {
+    const auto kept = static_cast<float>(scale);
+    numbers<kRows>(row, first, [&](int r, int at, U32 number) TFORMER_LAMBDA {
+      factor[r][at / kLanes<float>] = where_at_least(number, least, kept);
+    });
+  }
+
+  // factor[j] = scale where position first + j is kept, 0 where it is dropped, for 64 positions.
   template <class Real>
-  TFORMER_INLINE void factors(const DropoutRow& row, int64_t first, int64_t n, Real* factor) const {
+  TFORMER_INLINE void factors(const DropoutRow& row, int64_t first, Real* factor) const {
     const Real kept = static_cast<Real>(scale);
     if constexpr (sizeof(Real) == sizeof(uint32_t)) {
-      if (n == kPhiloxBlock) {
-        words(row, first,
-              [&](int at, U32 word) TFORMER_LAMBDA { store(factor + at, where_at_least(word, threshold, kept)); });
-        return;
-      }
+      numbers<1>(row, first, [&](int, int at, U32 number) TFORMER_LAMBDA {
+        store(factor + at, where_at_least(number, least, kept));
+      });
+    } else {
+      alignas(64) uint32_t number[kPhiloxBlock];
+      numbers<1>(row, first, [&](int, int at, U32 some) TFORMER_LAMBDA { store(number + at, some); });
+      for (int64_t j = 0; j < kPhiloxBlock; ++j) factor[j] = number[j] < least ? Real(0) : kept;
     }
-    alignas(64) uint32_t word[kPhiloxBlock];
-    words(row, first, [&](int at, U32 some) TFORMER_LAMBDA { store(word + at, some); });
-    for (int64_t j = 0; j < n; ++j) factor[j] = word[j] < threshold ? Real(0) : kept;
   }
 };
 

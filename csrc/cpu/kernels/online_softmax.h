@@ -155,10 +155,11 @@ struct OnlineSoftmax {
     explicit Scaling(Real by) : scale(by), to_exp2(by * kLog2e<Real>) {}
   };
 
-  // Likewise of rows from r on, whose sums tile registers have left in memory.
-  template <int kRows, int kColumns>
+  // Likewise of rows from r on, whose sums tile registers have left in memory. leave(i, n, weight): what becomes of
+  // vector n of row r + i once it is part of l.
+  template <int kRows, int kColumns, class Leave>
   TFORMER_INLINE bool weigh_scores(int64_t r, const Real* scores, int64_t scores_row, const Bounds* seen,
-                                   const Scaling& by, Group* weights) {
+                                   const Scaling& by, Group* weights, Leave&& leave) {
     F x[kRows][kColumns], top[kRows];
     LaneMask above = 0;
 #pragma GCC unroll 4
@@ -187,7 +188,7 @@ struct OnlineSoftmax {
 #pragma GCC unroll 2
       for (int n = 0; n < kColumns; n += 2) {
         const F first = weight_in_tiles(x[i][n], start, by), second = weight_in_tiles(x[i][n + 1], start, by);
-        P::store_two_along(weights + i * kTileSide + n / 2 * kTileUnit<P>, first, second);
+        P::store_two_along(weights + i * kTileSide + n / 2 * kTileUnit<P>, leave(i, n, first), leave(i, n + 1, second));
         sum += first;
         sum += second;
       }

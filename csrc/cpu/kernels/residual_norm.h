@@ -216,20 +216,18 @@ struct ResidualNorm {
     if constexpr (kCount * L == kPhiloxBlock) {
       const uint64_t r = static_cast<uint64_t>(i);
       const DropoutRow counter{static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), kPhiloxNormStream};
-      Vec<Real> factor[kCount];
-      dropout.words(counter, c, [&](int at, U32 word) TFORMER_LAMBDA {
-        factor[at / L] = where_at_least(word, dropout.threshold, static_cast<Real>(dropout.scale));
-      });
+      Vec<Real> factor[1][kCount];
+      dropout.factor_vectors(counter, c, factor);
       if constexpr (kEvenOdd && kCount > 1) {
-        for (int u = 0; u < kCount; u += 2) split_even_odd(factor[u], factor[u + 1]);
+        for (int u = 0; u < kCount; u += 2) split_even_odd(factor[0][u], factor[0][u + 1]);
       }
-      for (int u = 0; u < kCount; ++u) h[u] *= factor[u];
+      for (int u = 0; u < kCount; ++u) h[u] *= factor[0][u];
       return;
     }
     if (c % kPhiloxBlock == 0) {
       const uint64_t r = static_cast<uint64_t>(i);
       const DropoutRow counter{static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), kPhiloxNormStream};
-      dropout.factors(counter, c, kPhiloxBlock, keep);
+      dropout.factors(counter, c, keep);
     }
     Vec<Real> factor[kCount];
     for (int u = 0; u < kCount; ++u) factor[u] = load(keep + c % kPhiloxBlock + u * L);

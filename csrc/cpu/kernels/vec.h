@@ -468,6 +468,15 @@ TFORMER_INLINE F where_at_least(U32 a, uint32_t least, float x) {
   return (F)((U32)splat(x) & (U32)(a >= least));
 #endif
 }
+// x * by likewise.
+TFORMER_INLINE F multiply_where_at_least(U32 a, uint32_t least, F x, float by) {
+#if defined(__AVX512F__)
+  const __mmask16 found = _mm512_cmpge_epu32_mask((__m512i)a, _mm512_set1_epi32(static_cast<int>(least)));
+  return (F)_mm512_maskz_mul_ps(found, (__m512)x, _mm512_set1_ps(by));
+#else
+  return (F)((U32)(x * by) & (U32)(a >= least));
+#endif
+}
 // The even lanes of both: a0 b0 a2 b2 ...
 TFORMER_INLINE U32 interleave_even(U32 a, U32 b) {
 #if defined(__AVX512F__)
