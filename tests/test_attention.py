@@ -1,5 +1,7 @@
 """attention: values and gradients against the float64 reference, for every case, dtype and instruction set."""
 
+import platform
+
 import pytest
 import torch
 from cases import CASES, Case, gradients, in_dtype, tensors
@@ -253,3 +255,23 @@ def test_rows_do_not_depend_on_each_other(dtype, isa_of_attention):
         for t, e in zip(*(F.attention(x, k, v, **options, return_lse=True) for x in (q, calm)), strict=True):
             assert torch.equal(t[:, :, others], e[:, :, others])
             assert not torch.equal(t[:, :, 3], e[:, :, 3])
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="as the CPU does it")
+def test_weights_below_the_normal_numbers_are_zero(isa_of_attention):
+    """A product with one takes some CPUs many times as long."""
+    q, k, v = torch.ones(1, 1, 40, 4), torch.zeros(1, 1, 200, 4), torch.zeros(1, 1, 200, 4)
+    k[:, :, 50:] = -22.5  # weights of e^-90, 8e-40
+    v[:, :, 50:] = 1e30
+    v.requires_grad_()
+    out = F.attention(q, k, v, scale=1.0)
+    assert torch.equal(out, torch.zeros_like(out))
+    (gradient,) = torch.autograd.grad(out.sum(), v)
+    assert (gradient[:, :, 50:] == 0).all() and (gradient[:, :, :50] != 0).all()
+
+
+def test_sharp_softmax(isa_of_attention):
+    """Most weights are near the smallest normal number, below it or 0."""
+    for dtype in DTYPES[1:]:
+        case = Case("sharp", (1, 2, 2, 130, 260, 64, 64), {"scale": 3.0, "causal": "lower_right"})
+        check_values_and_gradients(case, *tensors(case, dtype), dtype)

@@ -132,6 +132,7 @@ def contenders_agree(made, tolerance):
         attention.Problem(2, 4, 40, 16, key_heads=2),
         attention.Problem(2, 4, 40, 16, padding=0.5),
         attention.Problem(2, 4, 40, 16, bias=True),
+        attention.Problem(2, 4, 40, 16, scale=2.0),
         attention.Problem(2, 4, 40, 16, causal=True, window=7),
     ],
     ids=str,

@@ -92,3 +92,20 @@ def test_child_processes(method):
     child.join(30)
     assert child.exitcode == 0
     assert_same_bits(result, expected)
+
+
+def test_flush_denormal_of_the_caller(isa_of_attention):
+    """torch.set_flush_denormal is the calling thread's own; other threads' tasks and the caller's are alike anyway."""
+    q, k, v = (torch.randn(2, 4, 150, 32) * 10 for _ in range(3))
+    v, slopes = v * 1e-37, torch.rand(4)
+    expected = F.attention(q, k, v, scale=1.0, alibi_slopes=slopes)
+    before = torch.full((4,), 1e-39) * 1.0
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this CPU cannot")
+        flushed = F.attention(q, k, v, scale=1.0, alibi_slopes=slopes)
+        assert torch.equal(torch.full((4,), 1e-39) * 1.0, torch.zeros(4))
+    finally:
+        torch.set_flush_denormal(False)
+    assert before.any() and torch.equal(torch.full((4,), 1e-39) * 1.0, before)
+    assert torch.equal(flushed, expected)

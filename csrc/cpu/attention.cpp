@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "split.h"
+#include "subnormals.h"
 
 namespace tformer {
 namespace {
@@ -234,10 +235,12 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   }
   const Work work = p.part_keys ? part_work(p) : forward_work(p);
   parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n) {
+    const FlushSubnormals flush;
     const AttentionTask& task = work.tasks[static_cast<size_t>(n)];
     kernels.attention_forward(p, task, ThreadScratch::get(kernels.attention_forward_scratch(p, task)));
   });
   if (p.part_keys) {
+    const FlushSubnormals flush;
     const AttentionTask all{0, p.B, 0, p.Hq, 0, p.Sq, 0, p.Sk, false, false, false};
     kernels.attention_merge(p, all, ThreadScratch::get(kernels.attention_forward_scratch(p, all)));
   }
@@ -347,11 +350,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const CpuKernels& kernels = cpu_kernels();
   std::vector<double> sink_parts(sinks.has_value() ? static_cast<size_t>(p.B * p.Hq) : 0);
   parallel_tasks(static_cast<int64_t>(sink_parts.size()), static_cast<double>(query.numel()), [&](int64_t n) {
+    const FlushSubnormals flush;
     sink_parts[static_cast<size_t>(n)] = kernels.attention_sink_gradient(p, n / p.Hq, n % p.Hq);
   });
   p.split = splits_products(p, true);
   const Work work = backward_work(p, bias_gradient.has_rows);
   parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n) {
+    const FlushSubnormals flush;
     const AttentionTask& task = work.tasks[static_cast<size_t>(n)];
     kernels.attention_backward(p, task, ThreadScratch::get(kernels.attention_backward_scratch(p, task)));
   });

@@ -37,6 +37,7 @@ class Problem:
     padding: float = 0.0
     bias: bool = False  # (1, H, Sq, Sk), trainable
     dropout_p: float = 0.0
+    scale: float | None = None
     kind: str = ""
 
     @property
@@ -84,6 +85,7 @@ VARIANTS = [
     Problem(1, 32, 1024, 128, key_heads=8, causal=True, kind="GQA"),
     Problem(8, 32, 1, 128, key_heads=8, keys=2048, kind="decoding"),
     Problem(1, 32, 8, 128, key_heads=8, keys=4096, kind="decoding"),
+    Problem(4, 12, 512, 64, scale=2.0, kind="sharp"),  # most weights are tiny
     Problem(8, 12, 256, 32, kind="width"),
     Problem(4, 12, 512, 80, kind="width"),
     Problem(4, 12, 512, 96, kind="width"),
@@ -181,7 +183,7 @@ def _mask(p: Problem, device: str = "cpu") -> torch.Tensor | None:
 
 
 def _ours(p: Problem, qkv: list[torch.Tensor], bias: torch.Tensor | None) -> Callable:
-    options = {"causal": p.causal, "dropout_p": p.dropout_p, "bias": bias}
+    options = {"causal": p.causal, "dropout_p": p.dropout_p, "bias": bias, "scale": p.scale}
     if p.padding:
         options["mask"] = _mask(p, qkv[0].device)
     if p.window is not None:
@@ -191,7 +193,7 @@ def _ours(p: Problem, qkv: list[torch.Tensor], bias: torch.Tensor | None) -> Cal
 
 def _sdpa(p: Problem, qkv: list[torch.Tensor], bias: torch.Tensor | None) -> Callable:
     mask = bias if p.bias else _mask(p, qkv[0].device)
-    options = {"attn_mask": mask, "dropout_p": p.dropout_p, "enable_gqa": p.Hk != p.H}
+    options = {"attn_mask": mask, "dropout_p": p.dropout_p, "enable_gqa": p.Hk != p.H, "scale": p.scale}
     return lambda: scaled_dot_product_attention(*qkv, is_causal=p.causal and mask is None, **options)
 
 
@@ -208,7 +210,7 @@ def _eager(p: Problem, qkv: list[torch.Tensor], bias: torch.Tensor | None) -> Ca
     hidden = None if (mask := _mask(p, qkv[0].device)) is None else ~mask
     if p.causal and p.window is None:
         hidden = torch.ones(p.S, p.Sk, dtype=torch.bool, device=qkv[0].device).triu(1)
-    scale, group = 1 / math.sqrt(p.D), p.H // p.Hk
+    scale, group = p.scale or 1 / math.sqrt(p.D), p.H // p.Hk
 
     def run():
         q, k, v = qkv
