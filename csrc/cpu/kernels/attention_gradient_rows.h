@@ -75,17 +75,17 @@ struct AttentionGradientRows {
 
 #if TFORMER_HAS_TILES
   // The rows of a row tile two by two, and of them the keys that one of its tiles holds at a time, beside products:
-  // what differentiate does, with nothing but the scale and positions.
+  // what differentiate does, without gradients of what scores are made of besides products.
   class RowPairs {
    public:
     RowPairs(const AttentionGradientRows& rows, const Scores<Real>& scores, const BlockRows& block, int64_t first,
              int64_t end, const Steps& seen, int64_t products, Upcoming<T>& next)
         : rows_(rows),
           block_(block),
+          scores_(scores),
           range_(scores.range.from_key(block.key0)),
-          scale_(scores.scale),
           seen_(seen),
-          end_(scores.plain && block.finite ? first + (end - first) / 2 * 2 : first),
+          end_(block.finite && !rows.p.grad_bias && rows.p.softcap == 0 ? first + (end - first) / 2 * 2 : first),
           next_(next),
           r_(first),
           j_(seen.begin),
@@ -109,6 +109,7 @@ struct AttentionGradientRows {
       const bool dropping = rows_.p.dropout_p > 0;
       if (j_ == seen_.begin) {
         leave_out_unseen();
+        if (!scores_.plain) finish_scores();
         if (dropping) draw();
       }
       const int64_t end = j_ + kKeysAtOnce < seen_.end ? j_ + kKeysAtOnce : seen_.end;
@@ -133,6 +134,13 @@ struct AttentionGradientRows {
       }
     }
 
+    void finish_scores() const {
+      for (int64_t n = 0; n < 2; ++n) {
+        Real* row = rows_.s + scores_place(r_ + n);
+        scores_.finish_row(row, block_.i + r_ + n, block_.key0, block_.width, nullptr);
+      }
+    }
+
     // The factors of dropout of both rows.
     void draw() {
       for (int64_t j = seen_.begin / kKeyBlock * kKeyBlock; j < seen_.end; j += kKeyBlock) {
@@ -152,12 +160,13 @@ struct AttentionGradientRows {
       Group *const p_down = rows_.p_down, *const ds_down = rows_.ds_down, *const ds_along = rows_.ds_along;
       const int64_t r = r_;
       const KeyRange range = range_;
-      const F scale = splat(scale_), to_exp2 = scale * kLog2e<float>, none = splat(-kInfinity<float>);
-      const bool edge = range.begin(i + 1) > begin || range.end(i) < end;
+      const float pending = scores_.pending_scale();
+      const F scale = splat(scores_.scale), to_exp2 = splat(pending * kLog2e<float>), none = splat(-kInfinity<float>);
+      const bool edge = scores_.plain && (range.begin(i + 1) > begin || range.end(i) < end);
       F shift[2], row_delta[2];
       for (int n = 0; n < 2; ++n) {
         shift[n] = splat(kSlices == 1 ? -rows_.lse[at + n] * kLog2e<float> : rows_.lse[at + n]);
-        row_delta[n] = splat(scale_ * -rows_.delta[at + n]);
+        row_delta[n] = splat(scores_.scale * -rows_.delta[at + n]);
       }
       for (int64_t j = begin; j < end; j += 2 * L) {
         F weight[2][2], ds[2][2];
@@ -175,7 +184,7 @@ struct AttentionGradientRows {
             if constexpr (kSlices == 1) {
               weight[n][v] = exp2_of_fraction(score * to_exp2 + shift[n]);
             } else {
-              weight[n][v] = exp2_vec<float, T>((score * scale - shift[n]) * kLog2e<float>);
+              weight[n][v] = exp2_vec<float, T>((score * pending - shift[n]) * kLog2e<float>);
             }
             F dweight = load(dp_rows + n * kKeys + key);
             F kept = weight[n][v];
@@ -197,8 +206,8 @@ struct AttentionGradientRows {
 
     const AttentionGradientRows& rows_;
     const BlockRows& block_;
+    const Scores<Real>& scores_;
     const KeyRange range_;
-    const float scale_;
     const Steps seen_;
     const int64_t end_;
     Upcoming<T>& next_;

@@ -1,6 +1,7 @@
 // The row tiles of attention_forward.h: scores of the keys that they see, weights, sums of weighted values.
 #pragma once
 
+#include "forward_keys.h"
 #include "online_softmax.h"
 #include "scores.h"
 #include "scratch.h"
@@ -8,30 +9,6 @@
 
 namespace tformer::TFORMER_ISA {
 namespace {
-
-constexpr int64_t kScoreBytes = 24 * 1024, kPackedBytes = (TFORMER_HAS_TILES ? 1024 : 512) * 1024;
-
-// Keys of one range: packed keys and values within half of L2, 1 MB or 2 MB where there are tile registers; and of one
-// stretch of it: scores of a row tile within 24 KB of L1. A row tile of vectors takes a range as one stretch. In tile
-// registers a stretch has a key block for each strip of values, which is computed beside it, but at most four.
-template <class P>
-struct ForwardKeys {
-  int64_t range, stretch;
-
-  explicit ForwardKeys(const AttentionParams& p) {
-    const int64_t size = sizeof(typename P::Real), strip = P::kTileColumns * kLanes<typename P::Real>;
-    const int64_t all = round_up(p.Sk > 0 ? p.Sk : 1, kKeyBlock), strips = (p.Dv + strip - 1) / strip;
-    range = blocks(kPackedBytes * P::kStep / ((p.D + p.Dv) * size * P::kSlices), all);
-    stretch = blocks(P::kTiles ? kKeyBlock * (strips < 4 ? strips : 4) : kScoreBytes / (P::kTileRows * size), range);
-    if (!P::kTiles) range = stretch;
-  }
-
- private:
-  static int64_t blocks(int64_t keys, int64_t most) {
-    keys = keys / kKeyBlock * kKeyBlock;
-    return keys < kKeyBlock ? kKeyBlock : (keys < most ? keys : most);
-  }
-};
 
 template <class T, class P>
 struct AttentionRowTiles {
@@ -125,16 +102,17 @@ struct AttentionRowTiles {
     if (seen.begin >= seen.end) return;
     Real rescale[kTileRows];
     for (int64_t r = 0; r < tile.rows; ++r) rescale[r] = 1;
-    const bool plain = kTileColumns == 4 && row_scores.plain && finite && p.dropout_p == 0;
+    const bool plain = kTileColumns == 4 && row_scores.by_keys && finite && p.dropout_p == 0;
     const int64_t step = plain ? kPanel<P> : seen.end - seen.begin;
     for (int64_t j = seen.begin; j < seen.end; j += step) {
       const Keys some{key0, seen.begin, j, j + step < seen.end ? j + step : seen.end};
       if (fetches-- > 0) next.fetch();
+      if (plain && !live[j / kPanel<P>]) continue;
       typename State::Bounds bounds;
-      const bool edge = plain && bounds_of(row_scores.range, tile, some, bounds);
+      const bool edge = plain && bounds_of(row_scores, tile, some, bounds);
       if (!plain || !weigh_panel(tile, q_k, edge ? &bounds : nullptr, some, row_scores.pending_scale())) {
         multiply_keys(q_k, tile.rows, some);
-        add_rows(row_scores, tile, some, 0, tile.rows, finite, rescale);
+        add_rows(row_scores, tile, some, 0, tile.rows, false, finite, rescale);
       }
       if (fetches-- > 0) next.fetch();
     }
@@ -149,11 +127,14 @@ struct AttentionRowTiles {
     }
   }
 
-  // Which of these keys each row of the tile sees by position; false if all rows see all.
-  bool bounds_of(const KeyRange& range, const Tile& tile, const Keys& some, typename State::Bounds& bounds) const {
+  // Which of these keys each row of the tile sees, where nothing else is to be known; false if all rows see all.
+  bool bounds_of(const Scores<Real>& row_scores, const Tile& tile, const Keys& some,
+                 typename State::Bounds& bounds) const {
+    const KeyRange& range = row_scores.range;
     const int64_t from = some.key0 + some.from, to = some.key0 + some.to;
     bounds.begins = from<range.begin(tile.last_query()), bounds.ends = to> range.end(tile.i);
-    if (!bounds.begins && !bounds.ends) return false;
+    bounds.masks = row_scores.mask && row_scores.hidden_keys(from, some.count(), bounds.visible);
+    if (!bounds.begins && !bounds.ends) return bounds.masks;
     for (int64_t r = 0; r < tile.rows; ++r) {
       bounds.begin[r] = static_cast<Real>(range.begin(tile.query(r)) - from);
       bounds.end[r] = static_cast<Real>(range.end(tile.query(r)) - from);
@@ -167,7 +148,6 @@ struct AttentionRowTiles {
   Span weigh_in_tiles(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, int64_t key0,
                       const Span& seen, bool finite, Upcoming<T>& next) {
     if (seen.begin >= seen.end) return seen;
-    const bool plain = row_scores.plain && finite;
     const auto block = [&](int64_t begin, int64_t from) {
       return Keys{key0, begin, from, from + kKeyBlock < seen.end ? from + kKeyBlock : seen.end};
     };
@@ -182,28 +162,29 @@ struct AttentionRowTiles {
         const Keys some = block(stretch.begin, stretch.begin + n * kKeyBlock), after = block(stretch.begin, some.to);
         const int64_t strips = (out_columns + kStrip - 1) / kStrip;
         const Span columns{strips * n / blocks * kStrip, strips * (n + 1) / blocks * kStrip};
-        weigh_block(row_scores, tile, q_k, some, after, before, columns, plain, finite, rescale);
+        weigh_block(row_scores, tile, q_k, some, after, before, columns, finite, rescale);
         for (int i = 0; i < 4; ++i) next.fetch();
       }
       if (before.begin < before.end) tile.state.empty = false;
       scale_sums(tile, rescale);
       if (stretch.end == seen.end) return stretch;
-      if (plain) {
-        before = stretch;
-      } else {
+      before = {0, 0};
+      if (!finite) {
         multiply_values(tile, stretch, finite, nullptr);
+      } else if (any_live(stretch)) {
+        before = stretch;
       }
     }
   }
 
   // One block of them, `some`; beside it the scores of `after`, and `columns` of the sums of the stretch `before`.
   void weigh_block(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, const Keys& some,
-                   const Keys& after, const Span& before, const Span& columns, bool plain, bool finite, Real* rescale) {
+                   const Keys& after, const Span& before, const Span& columns, bool finite, Real* rescale) {
     const int64_t last_column = columns.end < out_columns ? columns.end : out_columns;
     const int64_t of_values = (last_column - columns.begin) / L * ((before.end - before.begin) / kUnit<P>);
     const int64_t products =
         (after.count() / L * (groups / P::kSumUnit) + of_values) * (tile.rows > L ? 2 : 1) * Terms<kSlices>::kCount;
-    Pieces pieces(*this, row_scores, tile, some, plain, finite, rescale, products);
+    Pieces pieces(*this, row_scores, tile, some, finite, rescale, products);
     if (after.count() > 0) multiply_keys(q_k, tile.rows, after, pieces);
     for (int64_t column = columns.begin; of_values > 0 && column < last_column; column += kStrip) {
       add_values(tile, before, column, pieces);
@@ -214,16 +195,15 @@ struct AttentionRowTiles {
   // The scores of a key block, which become weights kRowsAtOnce rows at a time.
   class Pieces {
    public:
-    Pieces(AttentionRowTiles& tiles, const Scores<Real>& row_scores, const Tile& tile, const Keys& block, bool plain,
-           bool finite, Real* rescale, int64_t products)
+    Pieces(AttentionRowTiles& tiles, const Scores<Real>& row_scores, const Tile& tile, const Keys& block, bool finite,
+           Real* rescale, int64_t products)
         : tiles_(tiles),
           row_scores_(row_scores),
           tile_(tile),
           block_(block),
-          plain_(plain),
           finite_(finite),
           rescale_(rescale),
-          edge_(plain && tiles.bounds_of(row_scores.range, tile, block, bounds_)),
+          edge_(row_scores.by_keys && tiles.bounds_of(row_scores, tile, block, bounds_)),
           scaling_(row_scores.pending_scale()),
           scores_(tiles.scores_of(0, block)),
           weights_(tiles.weights_of(0, block)),
@@ -240,9 +220,14 @@ struct AttentionRowTiles {
    private:
     __attribute__((noinline)) void make_one() {
       if (r_ >= tile_.rows) return;
-      if (!plain_ || !weigh()) {
-        const int64_t end = r_ + kRowsAtOnce < tile_.rows ? r_ + kRowsAtOnce : tile_.rows;
-        tiles_.add_rows(row_scores_, tile_, block_, r_, end, finite_, rescale_);
+      const int64_t end = r_ + kRowsAtOnce < tile_.rows ? r_ + kRowsAtOnce : tile_.rows;
+      const bool finished = !row_scores_.by_keys;
+      for (int64_t r = r_; finished && r < end; ++r) {
+        row_scores_.finish_row(tiles_.scores_of(r, block_), tile_.query(r), block_.key0 + block_.from, block_.count(),
+                               nullptr);
+      }
+      if (!finite_ || !weigh()) {
+        tiles_.add_rows(row_scores_, tile_, block_, r_, end, finished, finite_, rescale_);
       }
       r_ += kRowsAtOnce;
     }
@@ -273,7 +258,7 @@ struct AttentionRowTiles {
     const Scores<Real>& row_scores_;
     const Tile& tile_;
     const Keys& block_;
-    const bool plain_, finite_;
+    const bool finite_;
     Real* const rescale_;
     typename State::Bounds bounds_;
     const bool edge_;
@@ -308,6 +293,13 @@ struct AttentionRowTiles {
         last = n + 1;
       }
     }
+  }
+
+  bool any_live(const Span& span) const {
+    for (int64_t n = span.begin / kPanel<P>; n < panels(span.end); ++n) {
+      if (live[n]) return true;
+    }
+    return false;
   }
 
   static int64_t panels(int64_t n) { return (n + kPanel<P> - 1) / kPanel<P>; }
@@ -375,16 +367,16 @@ struct AttentionRowTiles {
     }
   }
 
-  // Scores in memory of the rows [r_begin, r_end) become weights; those of the stretch that are before them are so
-  // already.
+  // Scores in memory of the rows [r_begin, r_end), or products that are to be finished, become weights; those of the
+  // stretch that are before them are so already.
   void add_rows(const Scores<Real>& row_scores, const Tile& tile, const Keys& some, int64_t r_begin, int64_t r_end,
-                bool finite, Real* rescale) {
+                bool finished, bool finite, Real* rescale) {
     const int64_t at = some.at(), n = some.count(), key = some.key0 + some.from;
     const Real scale = row_scores.pending_scale();
     Vec<Real> top[kTileRows];
     for (int64_t r = r_begin; r < r_end; ++r) {
       Real* row = scores_of(r, some);
-      row_scores.finish_row(row, tile.query(r), key, n, nullptr);
+      if (!finished) row_scores.finish_row(row, tile.query(r), key, n, nullptr);
       top[r] = State::largest(row, n);
       if (!finite) {
         for (int64_t j = 0; j < n; ++j) hidden[r * stretch_keys + at + j] = row[j] == -kInfinity<Real>;

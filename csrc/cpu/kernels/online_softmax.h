@@ -77,10 +77,13 @@ struct OnlineSoftmax {
     l[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
-  // The keys of a register tile that its rows see: row r those from begin[r] to end[r], counted from the tile's first.
+  // The keys of a register tile that its rows see: row r those from begin[r] to end[r], counted from the tile's first,
+  // and of them those with a number other than 0 in `visible`.
   struct Bounds {
-    bool begins, ends;  // whether some of them hide anything
+    bool begins, ends, masks;  // whether some of them hide anything
     Real begin[kTileRows], end[kTileRows];
+    using Lane = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+    alignas(64) Lane visible[4 * L];
   };
 
   // The weights of a register tile of keys straight from its sums: the product of queries and keys is not stored.
@@ -208,6 +211,7 @@ struct OnlineSoftmax {
       const Real first = static_cast<Real>(n * L);
       if (seen.ends) x[n] = (lane < seen.end[r] - first) ? x[n] : none;
       if (seen.begins) x[n] = (lane < seen.begin[r] - first) ? none : x[n];
+      if (seen.masks) x[n] = (load(seen.visible + n * L) != 0) ? x[n] : none;
     }
   }
 

@@ -16,39 +16,26 @@ TFORMER_INLINE V* row_of(const Rows& r, int64_t b, int64_t h, int64_t i) {
   return static_cast<V*>(r.data) + b * r.stride[0] + h * r.stride[1] + i * r.stride[2];
 }
 
-template <class Real, class T>
-TFORMER_INLINE void add_elements(const T* row, int64_t stride, int64_t n, Real scale, Real* to) {
-  constexpr int L = kLanes<Real>;
-  int64_t j = 0;
-  if (stride == 1) {
-    for (; j + L <= n; j += L) store(to + j, load(to + j) * scale + load_as<Real>(row + j));
-  }
-  for (; j < n; ++j) to[j] = to[j] * scale + load_as<Real>(row + j * stride, 1)[0];
-}
-
-// to = scale to + n elements of any floating dtype, from the one at `offset`, each t.stride[3] after the other.
-template <class Real>
-void add_row(const ScoreOperand& t, int64_t offset, int64_t n, Real scale, Real* to) {
+// f(pointer to element `offset` of a floating operand).
+template <class F>
+TFORMER_INLINE auto at_element(const ScoreOperand& t, int64_t offset, F&& f) {
   switch (t.dtype) {
-    case DType::f32:
-      return add_elements<Real>(static_cast<const float*>(t.data) + offset, t.stride[3], n, scale, to);
     case DType::f64:
-      return add_elements<Real>(static_cast<const double*>(t.data) + offset, t.stride[3], n, scale, to);
+      return f(static_cast<const double*>(t.data) + offset);
     case DType::bf16:
-      return add_elements<Real>(static_cast<const bf16*>(t.data) + offset, t.stride[3], n, scale, to);
+      return f(static_cast<const bf16*>(t.data) + offset);
     case DType::f16:
-      return add_elements<Real>(static_cast<const f16*>(t.data) + offset, t.stride[3], n, scale, to);
-    case DType::boolean:
-      return;
+      return f(static_cast<const f16*>(t.data) + offset);
+    default:
+      return f(static_cast<const float*>(t.data) + offset);
   }
 }
 
 // The logit of head h that has no value.
 template <class Real>
 Real sink_of(const AttentionParams& p, int64_t h) {
-  Real logit = 0;
-  add_row<Real>(ScoreOperand{p.sinks, p.sinks_dtype, {0, 0, 0, 1}}, h, 1, 1, &logit);
-  return logit;
+  const ScoreOperand sinks{p.sinks, p.sinks_dtype, {0, 0, 0, 1}};
+  return at_element(sinks, h, [](const auto* logit) { return load_as<Real>(logit, 1)[0]; });
 }
 
 // The scores of one (batch, query head): what its rows share.
@@ -62,6 +49,7 @@ struct Scores {
   const char* mask;
   bool scale_waits;  // nothing is added to the scaled products
   bool plain;        // nothing but the scale and the range of keys
+  bool by_keys;      // or a mask that is the same for all queries
 
   Scores(const AttentionParams& params, const Sequence& s, int64_t b, int64_t h)
       : p(params),
@@ -76,6 +64,7 @@ struct Scores {
     if (p.mask.data) mask = static_cast<const char*>(p.mask.data) + b * p.mask.stride[0] + h * p.mask.stride[1];
     scale_waits = p.softcap == 0 && !p.alibi_slopes && !p.bias.data && scale > 0;
     plain = scale_waits && !mask;
+    by_keys = scale_waits && (!mask || p.mask.stride[2] == 0);
   }
 
   // Whether any of the rows [i0, i1) may attend to a key of [j0, j1).
@@ -99,6 +88,21 @@ struct Scores {
     return false;
   }
 
+  // Which of the keys [from, from + n) a mask shows that is the same for all queries; false if it hides none.
+  template <class Lane>
+  TFORMER_INLINE bool hidden_keys(int64_t from, int64_t n, Lane* visible) const {
+    const int64_t keys = range.Sk - from < n ? range.Sk - from : n;
+    const char* keys_mask = mask + from * p.mask.stride[3];
+    Lane all = 1;
+    if (p.mask.stride[3] == 1) {  // apart, so that the compiler makes vectors of it
+      for (int64_t j = 0; j < keys; ++j) visible[j] = keys_mask[j], all &= keys_mask[j];
+    } else {
+      for (int64_t j = 0; j < keys; ++j) visible[j] = keys_mask[j * p.mask.stride[3]], all &= visible[j];
+    }
+    for (int64_t j = keys; j < n; ++j) visible[j] = 0;
+    return !all;
+  }
+
   // s[0, n): products of query i with keys key0 ..; n a whole number of vectors. Turns them into scores divided by
   // pending_scale(). Hidden keys become -inf. Where `slope_of_cap` is given it receives the derivative of the softcap.
   TFORMER_INLINE void finish_row(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
@@ -118,30 +122,15 @@ struct Scores {
   Real pending_scale() const { return scale_waits ? scale : Real(1); }
 
  private:
-  __attribute__((noinline)) void add_operands(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
-    const bool scale_with_bias = p.bias.data && p.softcap == 0;
-    if (!scale_waits && !scale_with_bias) scale_and_cap(s, n, slope_of_cap);
-    const int64_t keys = range.Sk - key0 < n ? range.Sk - key0 : n;
-    if (p.bias.data) {
-      const int64_t offset = bias_offset + i * p.bias.stride[2] + key0 * p.bias.stride[3];
-      add_row<Real>(p.bias, offset, keys, scale_with_bias ? scale : Real(1), s);
-    }
-    if (p.alibi_slopes) add_alibi(s, range.diagonal(i) - key0, n);
-    if (!mask) return;
-    const char* row = mask + i * p.mask.stride[2] + key0 * p.mask.stride[3];
-    if (p.mask.stride[3] == 1) {  // apart, so that the compiler makes vectors of it
-      for (int64_t j = 0; j < keys; ++j) s[j] = row[j] ? s[j] : -kInfinity<Real>;
-    } else {
-      for (int64_t j = 0; j < keys; ++j) s[j] = row[j * p.mask.stride[3]] ? s[j] : -kInfinity<Real>;
-    }
+  void add_operands(Real* s, int64_t i, int64_t key0, int64_t n, Real* slope_of_cap) const {
+    if (p.softcap != 0) cap(s, n, slope_of_cap);
+    if (!p.bias.data) return add_operands(s, i, key0, n, static_cast<const Real*>(nullptr));
+    const int64_t offset = bias_offset + i * p.bias.stride[2] + key0 * p.bias.stride[3];
+    at_element(p.bias, offset, [&](const auto* bias) TFORMER_LAMBDA { add_operands(s, i, key0, n, bias); });
   }
 
-  TFORMER_INLINE void scale_and_cap(Real* s, int64_t n, Real* slope_of_cap) const {
+  __attribute__((noinline)) void cap(Real* s, int64_t n, Real* slope_of_cap) const {
     constexpr int L = kLanes<Real>;
-    if (p.softcap == 0) {
-      for (int64_t j = 0; j < n; j += L) store(s + j, load(s + j) * scale);
-      return;
-    }
     const Real inner = static_cast<Real>(p.scale / p.softcap), outer = static_cast<Real>(p.softcap);
     for (int64_t j = 0; j < n; j += L) {
       const Vec<Real> t = tanh_vec<Real>(load(s + j) * inner);
@@ -150,13 +139,58 @@ struct Scores {
     }
   }
 
-  TFORMER_INLINE void add_alibi(Real* s, int64_t diagonal, int64_t n) const {
+  template <class Bias>
+  __attribute__((noinline)) void add_operands(Real* s, int64_t i, int64_t key0, int64_t n, const Bias* bias) const {
     constexpr int L = kLanes<Real>;
-    const Vec<Real> lane = lane_index<Real>();
+    // copies: a store could change the members
+    const Real by = p.softcap != 0 || scale_waits ? Real(1) : scale, alibi = slope;
+    const bool has_alibi = p.alibi_slopes;
+    const int64_t keys = range.Sk - key0, bias_stride = p.bias.stride[3], mask_stride = p.mask.stride[3];
+    const char* row_mask = mask ? mask + i * p.mask.stride[2] + key0 * mask_stride : nullptr;
+    const Vec<Real> none = splat(-kInfinity<Real>);
+    Vec<Real> place = lane_index<Real>() - static_cast<Real>(range.diagonal(i) - key0);  // from the diagonal
+    // the same row's next keys: a few lines of each row, which nothing else fetches in time
+    if (bias && bias_stride == 1) prefetch_next(bias, n);
+    if (row_mask && mask_stride == 1) prefetch_next(row_mask, n);
     for (int64_t j = 0; j < n; j += L) {
-      const Vec<Real> distance = lane + static_cast<Real>(j - diagonal);
-      store(s + j, load(s + j) - slope * maximum(distance, -distance));
+      Vec<Real> x = load(s + j) * by;
+      if (bias) x += elements(bias + j * bias_stride, bias_stride, keys - j);
+      if (has_alibi) {
+        x -= alibi * maximum(place, -place);
+        place += L;
+      }
+      if (row_mask) x = (visible(row_mask + j * mask_stride, mask_stride, keys - j) != 0) ? x : none;
+      store(s + j, x);
     }
+  }
+
+  template <class V>
+  static TFORMER_INLINE void prefetch_next(const V* from, int64_t n) {
+    constexpr int64_t kLine = 64 / sizeof(V);
+    for (int64_t k = n; k < 2 * n && k < n + 2 * kKeyBlock; k += kLine) __builtin_prefetch(from + k);
+  }
+
+  // As many elements as a vector has, or `count`, and then zeros.
+  template <class V>
+  static TFORMER_INLINE Vec<Real> elements(const V* from, int64_t stride, int64_t count) {
+    constexpr int L = kLanes<Real>;
+    if (stride == 1 && count >= L) return load_as<Real>(from);
+    Vec<Real> x{};
+    for (int64_t k = 0; k < L && k < count; ++k) x[k] = load_as<Real>(from + k * stride, 1)[0];
+    return x;
+  }
+
+  // Likewise of a mask's, widened.
+  using Lane = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+  static TFORMER_INLINE Vec<Lane> visible(const char* from, int64_t stride, int64_t count) {
+    constexpr int L = kLanes<Real>;
+    VecN<int8_t, L> bytes{};
+    if (stride == 1 && count >= L) {
+      __builtin_memcpy(&bytes, from, L);
+    } else {
+      for (int64_t k = 0; k < L && k < count; ++k) bytes[k] = from[k * stride];
+    }
+    return __builtin_convertvector(bytes, Vec<Lane>);
   }
 };
 
