@@ -291,8 +291,8 @@ class AttentionBackward : AttentionGradientRows<T, P> {
         const int64_t last = i + (r + kTileRows < rows ? r + kTileRows : rows) - 1;
         if (block.last || range.end(last) <= kKeys) progress[r / kTileRows] |= kLast;
       }
-      const Gradient d_query{dq + at * q_columns, q_columns, progress, row_of<T>(p.grad_q, b, h, seq.q_begin + i),
-                             p.grad_q.stride[2],  p.D,       nullptr};
+      const auto d_query = Gradient::kept(dq + at * q_columns, q_columns, progress,
+                                          row_of<T>(p.grad_q, b, h, seq.q_begin + i), p.grad_q.stride[2], p.D);
       multiply(packed_product<P>(ds_along, kAlong, k_down, q_columns, kKeys / P::kStep, width / P::kStep), rows,
                q_columns, d_query, keys_of, finite, {hidden, kKeys, 1, 0});
     }
@@ -363,7 +363,7 @@ class AttentionBackward : AttentionGradientRows<T, P> {
     for (int64_t j = 0; j < width; j += kTileRows, ++progress) {
       const Steps sum = finite ? steps_of(j) : Steps{0, m.steps};
       if (sum.begin >= sum.end) continue;
-      const IntoSums<P> into{sums, kKeys, *progress == kSums};
+      const auto into = IntoSums<P>::kept(sums, kKeys, *progress == kSums);
       for (int64_t d = 0; d < rows; d += kTileRows) {
         const int64_t count = rows - d < kTileRows ? rows - d : kTileRows;
         if (finite) {
@@ -372,8 +372,9 @@ class AttentionBackward : AttentionGradientRows<T, P> {
         } else {
           ProductOperands<P> tile = m;
           tile.a = m.a_at(d, 0), tile.b = m.b_at(0, j);
-          product_without_hidden<P>(tile, count, kTileRows, IntoSums<P>{sums + d * kKeys + j, kKeys, into.accumulate},
-                                    {hidden + j, 0, kKeys, 1});
+          IntoSums<P> tile_sums = into;
+          tile_sums.c += sums_place<P>(d, j, kKeys);
+          product_without_hidden<P>(tile, count, kTileRows, tile_sums, {hidden + j, 0, kKeys, 1});
         }
       }
       *progress = kSums;
@@ -394,7 +395,8 @@ class AttentionBackward : AttentionGradientRows<T, P> {
           if (P::kTiles && have != kNothing) {
             for (int64_t r = 0; r < kTileRows; r += L) {
               for (int64_t d = 0; d < columns; d += L) {
-                transpose_to<Real>(block + d * kKeys + j + r, kKeys, row_tile + r * columns + d, columns);
+                transpose_to<Real>(block + sums_place<P>(d, j + r, kKeys), kTileSide,
+                                   row_tile + sums_place<P>(r, d, columns), kTileSide);
               }
             }
             sums = row_tile;
@@ -413,8 +415,9 @@ class AttentionBackward : AttentionGradientRows<T, P> {
     for (int64_t i = 0; i < rows; ++i) {
       const bool zeros = i >= seen || progress == kNothing;
       if (progress == kWritten && !zeros) continue;
-      store_row<Real>(row_of<T>(to, b, h, row + i), width,
-                      [&](int64_t d) TFORMER_LAMBDA { return zeros ? Vec<Real>{} : load(sums + i * columns + d); });
+      store_row<Real>(row_of<T>(to, b, h, row + i), width, [&](int64_t d) TFORMER_LAMBDA {
+        return zeros ? Vec<Real>{} : load(sums + sums_place<P>(i, d, columns));
+      });
     }
   }
 };

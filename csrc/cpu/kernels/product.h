@@ -68,14 +68,38 @@ TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, const typename P:
   }
 }
 
+// Where element (r, column) of sums lies: in rows of so many columns; for tile registers, if they are kept longer than
+// for a row tile, as tiles one behind the other, which take less time to load and store than rows of them far apart.
+template <class P>
+constexpr int64_t sums_place(int64_t r, int64_t column, int64_t columns) {
+  if (!P::kTiles) return r * columns + column;
+  return r / kTileSide * kTileSide * columns + column / kTileSide * kTileSide * kTileSide + r % kTileSide * kTileSide +
+         column % kTileSide;
+}
+
+// The place in C of element (r, column) of its sums.
+template <class Into>
+TFORMER_INLINE int64_t place_in(const Into& into, int64_t r, int64_t column) {
+  if (!Into::kTiles) return r * into.c_row + column;
+  return r / kTileSide * into.c_below + r % kTileSide * into.c_row + column / kTileSide * into.c_side +
+         column % kTileSide;
+}
+
 // Where the sums of a product go: into C. A tile's first row and column are those of its place in the product.
 template <class P>
 struct IntoSums {
   using Real = typename P::Real;
   static constexpr int L = kLanes<Real>;
+  static constexpr bool kTiles = P::kTiles;
   Real* c;
   int64_t c_row;
   bool accumulate;
+  int64_t c_side = kTileSide, c_below = kTileSide * c_row;  // of tiles: from one to the next along the row, down
+  // C as sums_place has it.
+  static IntoSums kept(Real* c, int64_t columns, bool accumulate) {
+    if (!P::kTiles) return {c, columns, accumulate};
+    return {c, kTileSide, accumulate, kTileSide * kTileSide, kTileSide * columns};
+  }
   bool wants_empty(int64_t) const { return !accumulate; }  // the row tile from r, of a product without steps
   // Whether there are earlier sums of the row tile from r in C; whether the new ones stay there.
   bool adds(int64_t) const { return accumulate; }
@@ -85,7 +109,7 @@ struct IntoSums {
 
   template <int kRows, int kColumns>
   TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kRows][kColumns]) const {
-    Real* to = c + r * c_row + column;
+    Real* to = c + place_in(*this, r, column);
     const int64_t row = c_row;
     const bool add = accumulate;  // copies: a store could change the members
 #pragma GCC unroll 8
@@ -110,15 +134,22 @@ template <class P, class T>
 struct IntoRows {
   using Real = typename P::Real;
   static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows;
+  static constexpr bool kTiles = P::kTiles;
   Real* c;
   int64_t c_row;
   uint8_t* progress;  // of each row tile
   T* rows;
   int64_t row, width;
   const Real* factors;
+  int64_t c_side = kTileSide, c_below = kTileSide * c_row;  // as in IntoSums
   bool wants_empty(int64_t r) const { return progress[r / kTileRows] & kLast; }
   bool adds(int64_t r) const { return progress[r / kTileRows] & kSums; }
   bool stays(int64_t r) const { return !(progress[r / kTileRows] & kLast); }
+  // C as sums_place has it.
+  static IntoRows kept(Real* c, int64_t columns, uint8_t* progress, T* rows, int64_t row, int64_t width) {
+    if (!P::kTiles) return {c, columns, progress, rows, row, width, nullptr};
+    return {c, kTileSide, progress, rows, row, width, nullptr, kTileSide * kTileSide, kTileSide * columns};
+  }
   // After the product: a row tile with or without steps.
   void advance(int64_t r, bool steps) const {
     uint8_t& p = progress[r / kTileRows];
@@ -158,7 +189,7 @@ struct IntoRows {
   template <int kColumns>
   TFORMER_INLINE void take_row(int64_t r, int64_t column, const Vec<Real> (&sums)[kColumns]) const {
     const uint8_t have = progress[r / kTileRows];
-    Real* sum = c + r * c_row + column;
+    Real* sum = c + place_in(*this, r, column);
     Vec<Real> x[kColumns];
 #pragma GCC unroll 4
     for (int n = 0; n < kColumns; ++n) x[n] = have & kSums ? load(sum + n * L) + sums[n] : sums[n];
@@ -212,21 +243,22 @@ TFORMER_INLINE void tile_registers(int64_t rows, const ProductOperands<P>& m, co
                                    int64_t column) {
   constexpr bool kBelow = kRowTiles == 2, kBeside = kColumnTiles == 2;
   const int64_t a_row = m.a_row * 4, b_row = m.b_step * 4;
-  float* c = into.c + r * into.c_row + column;
-  const auto each = [](float* place, int64_t row_floats, auto&& f) TFORMER_LAMBDA {
+  float* c = into.c + place_in(into, r, column);
+  const auto each = [](float* place, int64_t row_floats, int64_t side, int64_t down, auto&& f) TFORMER_LAMBDA {
     using std::integral_constant;
-    float* below = place + kTileSide * row_floats;
+    float* below = place + down;
     f(integral_constant<int, 0>{}, place, row_floats * 4);
-    if constexpr (kBeside) f(integral_constant<int, 1>{}, place + kTileSide, row_floats * 4);
+    if constexpr (kBeside) f(integral_constant<int, 1>{}, place + side, row_floats * 4);
     if constexpr (kBelow) f(integral_constant<int, 2>{}, below, row_floats * 4);
-    if constexpr (kBelow && kBeside) f(integral_constant<int, 3>{}, below + kTileSide, row_floats * 4);
+    if constexpr (kBelow && kBeside) f(integral_constant<int, 3>{}, below + side, row_floats * 4);
   };
+  const auto each_of_c = [&](auto&& f) TFORMER_LAMBDA { each(c, into.c_row, into.c_side, into.c_below, f); };
   // a running total of many small terms would lose more than float32 sums may: those of slices are added as one
   const bool adds = into.adds(r), adds_once = P::kSlices > 1 && adds;
   if (adds && !adds_once) {
-    each(c, into.c_row, [](auto tile, float* from, int64_t row) TFORMER_LAMBDA { tile_load<tile>(from, row); });
+    each_of_c([](auto tile, float* from, int64_t row) TFORMER_LAMBDA { tile_load<tile>(from, row); });
   } else {
-    each(c, into.c_row, [](auto tile, float*, int64_t) TFORMER_LAMBDA { tile_zero<tile>(); });
+    each_of_c([](auto tile, float*, int64_t) TFORMER_LAMBDA { tile_zero<tile>(); });
   }
   using T = Terms<P::kSlices>;
   for (int64_t k = 0; k < steps; k += kTileSide, a += m.a_unit, b += m.b_unit) {
@@ -257,16 +289,16 @@ TFORMER_INLINE void tile_registers(int64_t rows, const ProductOperands<P>& m, co
   }
   const auto store_tile = [](auto tile, float* to, int64_t row) TFORMER_LAMBDA { tile_store<tile>(to, row); };
   const bool stays = into.stays(r);
-  if (stays && !adds_once) return each(c, into.c_row, store_tile);
+  if (stays && !adds_once) return each_of_c(store_tile);
   alignas(64) float sums[kRowTiles * kTileSide][kColumnTiles * kTileSide];
-  each(sums[0], kColumnTiles * kTileSide, store_tile);
+  each(sums[0], kColumnTiles * kTileSide, kTileSide, kTileSide * kColumnTiles * kTileSide, store_tile);
   for (int64_t i = 0; i < rows; ++i) {
     F x[kColumnTiles];
     std::memcpy(x, sums[i], sizeof(x));
-    float* const before = c + i * into.c_row;
-    for (int n = 0; adds_once && n < kColumnTiles; ++n) x[n] += load(before + n * kTileSide);
+    float* const before = c + place_in(into, i, 0);
+    for (int n = 0; adds_once && n < kColumnTiles; ++n) x[n] += load(before + n * into.c_side);
     if (stays) {
-      std::memcpy(before, x, sizeof(x));
+      for (int n = 0; n < kColumnTiles; ++n) store(before + n * into.c_side, x[n]);
     } else {
       into.leave(r + i, column, x);
     }
