@@ -275,3 +275,28 @@ def test_sharp_softmax(isa_of_attention):
     for dtype in DTYPES[1:]:
         case = Case("sharp", (1, 2, 2, 130, 260, 64, 64), {"scale": 3.0, "causal": "lower_right"})
         check_values_and_gradients(case, *tensors(case, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3])
+def test_lowest_number_as_a_mask(dtype, isa_of_attention):
+    """As models write it. A row that it hides whole sees all keys alike, and without a gradient it disturbs nothing."""
+    qkv = [torch.randn(2, 2, n, 64).to(dtype) for n in (70, 200, 200)]
+    hidden, bias = [3, 40, 69], torch.zeros(2, 1, 70, 200, dtype=dtype)
+    bias[..., 130:] = torch.finfo(dtype).min
+    bias[:, :, hidden] = torch.finfo(dtype).min
+    cotangent = torch.randn(2, 2, 70, 64).to(dtype)
+    cotangent[:, :, hidden] = 0
+
+    def run(function, to):
+        leaves = [t.to(to).requires_grad_() for t in qkv]
+        out = function(*leaves, bias=bias.to(to))
+        return out.detach(), torch.autograd.grad(out, leaves, cotangent.to(to))
+
+    actual, golden = run(F.attention, dtype), run(reference.attention, torch.float64)
+    same = run(reference.attention, dtype)
+    # log-sum-exp, from which the reference has its weights, has no place for the number of keys beside such scores
+    golden[0][:, :, hidden] = qkv[2].double().mean(2, keepdim=True)
+    same[0][:, :, hidden] = qkv[2].mean(2, keepdim=True)
+    assert_close(actual[0], golden[0], same[0])
+    for name, a, g, s in zip(NAMES, actual[1], golden[1], same[1], strict=False):
+        assert_gradient_close(a, g, s, name)

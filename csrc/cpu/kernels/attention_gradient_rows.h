@@ -113,7 +113,11 @@ struct AttentionGradientRows {
         if (dropping) draw();
       }
       const int64_t end = j_ + kKeysAtOnce < seen_.end ? j_ + kKeysAtOnce : seen_.end;
-      dropping ? differentiate<true>(j_, end) : differentiate<false>(j_, end);
+      const auto differentiate = [&](auto drops) TFORMER_LAMBDA {
+        scores_.plain ? this->template differentiate<drops, kSlices == 1>(j_, end)
+                      : this->template differentiate<drops, false>(j_, end);
+      };
+      dropping ? differentiate(std::true_type{}) : differentiate(std::false_type{});
       j_ = end;
       if (j_ < seen_.end) return;
       j_ = seen_.begin, r_ += 2;
@@ -152,7 +156,9 @@ struct AttentionGradientRows {
       }
     }
 
-    template <bool kDropping>
+    // kFused: an exponent is one multiply-add. Not where something is added to scores, which may be so large, and lse
+    // with them, that lse has to be subtracted first.
+    template <bool kDropping, bool kFused>
     TFORMER_INLINE void differentiate(int64_t begin, int64_t end) const {
       const int64_t i = block_.i + r_, at = block_.at + r_, place = scores_place(r_);
       // copies: a store could change the members
@@ -165,7 +171,7 @@ struct AttentionGradientRows {
       const bool edge = scores_.plain && (range.begin(i + 1) > begin || range.end(i) < end);
       F shift[2], row_delta[2];
       for (int n = 0; n < 2; ++n) {
-        shift[n] = splat(kSlices == 1 ? -rows_.lse[at + n] * kLog2e<float> : rows_.lse[at + n]);
+        shift[n] = splat(kFused ? -rows_.lse[at + n] * kLog2e<float> : rows_.lse[at + n]);
         row_delta[n] = splat(scores_.scale * -rows_.delta[at + n]);
       }
       for (int64_t j = begin; j < end; j += 2 * L) {
@@ -181,7 +187,7 @@ struct AttentionGradientRows {
               score = lane < static_cast<float>(range.begin(i + n)) ? none : score;
               score = lane < static_cast<float>(range.end(i + n)) ? score : none;
             }
-            if constexpr (kSlices == 1) {
+            if constexpr (kFused) {
               weight[n][v] = exp2_of_fraction(score * to_exp2 + shift[n]);
             } else {
               weight[n][v] = exp2_vec<float, T>((score * pending - shift[n]) * kLog2e<float>);

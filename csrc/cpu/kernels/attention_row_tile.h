@@ -133,7 +133,7 @@ struct AttentionRowTiles {
     const KeyRange& range = row_scores.range;
     const int64_t from = some.key0 + some.from, to = some.key0 + some.to;
     bounds.begins = from<range.begin(tile.last_query()), bounds.ends = to> range.end(tile.i);
-    bounds.masks = row_scores.mask && row_scores.hidden_keys(from, some.count(), bounds.visible);
+    bounds.masks = row_scores.mask && row_scores.hides_keys(from, some.count(), bounds.visible);
     if (!bounds.begins && !bounds.ends) return bounds.masks;
     for (int64_t r = 0; r < tile.rows; ++r) {
       bounds.begin[r] = static_cast<Real>(range.begin(tile.query(r)) - from);

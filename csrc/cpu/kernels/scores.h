@@ -88,9 +88,9 @@ struct Scores {
     return false;
   }
 
-  // Which of the keys [from, from + n) a mask shows that is the same for all queries; false if it hides none.
+  // Whether a mask that is the same for all queries hides any of the keys [from, from + n); which ones it shows.
   template <class Lane>
-  TFORMER_INLINE bool hidden_keys(int64_t from, int64_t n, Lane* visible) const {
+  TFORMER_INLINE bool hides_keys(int64_t from, int64_t n, Lane* visible) const {
     const int64_t keys = range.Sk - from < n ? range.Sk - from : n;
     const char* keys_mask = mask + from * p.mask.stride[3];
     Lane all = 1;
@@ -149,9 +149,6 @@ struct Scores {
     const char* row_mask = mask ? mask + i * p.mask.stride[2] + key0 * mask_stride : nullptr;
     const Vec<Real> none = splat(-kInfinity<Real>);
     Vec<Real> place = lane_index<Real>() - static_cast<Real>(range.diagonal(i) - key0);  // from the diagonal
-    // the same row's next keys: a few lines of each row, which nothing else fetches in time
-    if (bias && bias_stride == 1) prefetch_next(bias, n);
-    if (row_mask && mask_stride == 1) prefetch_next(row_mask, n);
     for (int64_t j = 0; j < n; j += L) {
       Vec<Real> x = load(s + j) * by;
       if (bias) x += elements(bias + j * bias_stride, bias_stride, keys - j);
@@ -162,12 +159,6 @@ struct Scores {
       if (row_mask) x = (visible(row_mask + j * mask_stride, mask_stride, keys - j) != 0) ? x : none;
       store(s + j, x);
     }
-  }
-
-  template <class V>
-  static TFORMER_INLINE void prefetch_next(const V* from, int64_t n) {
-    constexpr int64_t kLine = 64 / sizeof(V);
-    for (int64_t k = n; k < 2 * n && k < n + 2 * kKeyBlock; k += kLine) __builtin_prefetch(from + k);
   }
 
   // As many elements as a vector has, or `count`, and then zeros.
