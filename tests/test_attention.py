@@ -214,7 +214,11 @@ TILE_CASES = [
     Case("causal tall", (1, 1, 1, 500, 450, 64, 64), {"causal": True}, sinks=True),
     Case("rising", (1, 2, 2, 70, 640, 32, 32), {"scale": 4.0}),
     Case("lengths", (3, 2, 2, 40, 300, 64, 96), {"key_lengths": [300, 65, 129]}),
-    Case("masked blocks", (1, 2, 1, 50, 600, 64, 64), {"dropout_p": 0.3, "dropout_seed": 5}, mask=(1, 1, 1, 600)),
+    Case("masked blocks", (1, 2, 1, 50, 600, 64, 64), mask=(1, 1, 1, 600)),
+    Case("masked blocks by query", (1, 2, 1, 50, 600, 64, 64), {"causal": "lower_right"}, mask=(1, 1, 50, 600)),
+    Case(
+        "masked blocks, dropout", (1, 2, 1, 50, 600, 64, 64), {"dropout_p": 0.3, "dropout_seed": 5}, mask=(1, 1, 1, 600)
+    ),
 ]
 
 
@@ -275,6 +279,18 @@ def test_sharp_softmax(isa_of_attention):
     for dtype in DTYPES[1:]:
         case = Case("sharp", (1, 2, 2, 130, 260, 64, 64), {"scale": 3.0, "causal": "lower_right"})
         check_values_and_gradients(case, *tensors(case, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_by_keys_of_any_stride(dtype, isa_of_attention):
+    """One that is the same for all queries takes a way of its own: the results are those of key_lengths."""
+    q, k, v = (torch.randn(2, 2, n, 32).to(dtype) for n in (40, 200, 200))
+    spread = torch.full((2, 1, 1, 400), 7, dtype=torch.uint8).view(torch.bool)  # other bytes than 1 are true, too
+    spread[0, ..., ::2] = True
+    spread[1, ..., ::2] = torch.arange(200) < 77
+    lengths = F.attention(q, k, v, key_lengths=torch.tensor([200, 77]))
+    assert torch.equal(F.attention(q, k, v, mask=spread[..., ::2]), lengths)
+    assert torch.equal(F.attention(q, k, v, mask=spread[..., ::2].contiguous()), lengths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:3])

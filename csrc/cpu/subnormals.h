@@ -8,7 +8,7 @@
 namespace tformer {
 
 // While it lives, results below the smallest normal number are 0: weights of a sharp softmax pass through that range by
-// the thousand, and multiplications with them take Intel's CPUs many times as long. Operands stay what they
+// the thousand, and multiplications with them take some CPUs many times as long. Operands stay what they
 // are. All threads compute alike, whatever the caller has set for its own (torch.set_flush_denormal).
 class FlushSubnormals {
  public:
