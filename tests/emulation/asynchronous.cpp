@@ -260,7 +260,7 @@ void DeleteAsynchronous::operator()(Asynchronous* what) const { delete what; }
 AsynchronousPointer make_asynchronous(int threads) {
   AsynchronousPointer made(new Asynchronous);
   const int each = std::min(kRegisters / threads / 8 * 8, 248);
-  made->free_registers = kRegisters - each * threads;
+  made->free_registers = 0;  // what is left of the multiprocessor is not the block's
   made->warps.resize(static_cast<size_t>(threads / kWarp));
   for (WarpProducts& warp : made->warps) warp.groups.resize(1), warp.registers = each;
   return made;

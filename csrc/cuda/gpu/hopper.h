@@ -132,7 +132,8 @@ TFORMER_DEVICE void arrive_threads_of(int id, int count) {
 }
 
 // Registers of each thread of the warpgroup from now on, a multiple of 8 up to 256: all of its warps, at the same place
-// of the source. more_registers waits until others have given up enough. Miscellaneous: setmaxnreg.
+// of the source. more_registers waits until others have given up enough of what the block was launched with.
+// Miscellaneous: setmaxnreg.
 template <int kCount>
 TFORMER_DEVICE void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));

@@ -179,14 +179,14 @@ struct HopperBackward {
   // The tile's part of dq goes to the sums when the tiles of keys before have added theirs; the first one is stored.
   // Two warps do it in turn, as each waits until its sums have arrived.
   TFORMER_DEVICE void add_sums(int parity) const {
-    const KeyRangeOf<int> range = job.range(p);
     Handover& handover = at.sums_handover[parity];
     for_each_tile([&](int n, int h, int i0) {
       if (lane() == 0 && buffer_of(n) == parity) {
-        const int64_t slot = slot_of(call, job.q_begin, job.b, h, i0);
+        const int slot = slot_of(call, job.q_begin, job.b, h, i0);
         int32_t* turn = given.turns + slot;
-        float* to = given.sums + slot * kTileFloats;
-        const bool first = range.begin(i0) / kKeys == job.tile;  // with the first key that a query of the tile sees
+        float* to = given.sums + int64_t{slot} * kTileFloats;
+        // with the first key that a query of the tile sees; made anew each time: registers are short
+        const bool first = job.range(p).begin(i0) / kKeys == job.tile;
         if (!first) wait_for_turn_of(turn, job.tile);
         mbarrier_wait(&handover.full, phase_of(n));
         fence_async_proxy_global();

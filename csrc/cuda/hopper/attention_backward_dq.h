@@ -32,11 +32,11 @@ struct HopperQueryGradients {
     const Positions seq(sequence);
     const Scores<T, true> scores(p, sequence, b, h);
     const int first = 16 * warp(), row0 = i0 + first;
-    const int64_t slot = slot_of(given.call, seq.q_begin, b, h, i0);
+    const int slot = slot_of(given.call, seq.q_begin, b, h, i0);
     const int kv_head = h / static_cast<int>(p.Hq / p.Hk);
     float dq[2][kWidth / 4];
     clear(dq);
-    if (given.turns[slot] != 0) load(dq, given.sums + slot * kTileFloats);  // else no key is seen
+    if (given.turns[slot] != 0) load(dq, given.sums + int64_t{slot} * kTileFloats);  // else no key is seen
     multiply_all(dq, scores.scale);
     const unsigned suspects = suspect_rows<P>(dq);
     P::put(dq, tile, first);

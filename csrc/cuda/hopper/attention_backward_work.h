@@ -14,7 +14,9 @@ template <int kWidth>
 struct HopperBackwardShape {
   static constexpr int kGroups = 2, kKeys = 64 * kGroups;
   static constexpr int kQueries = hopper_backward_queries(kWidth);
-  static constexpr int kFetchRegisters = 32, kRegisters = 240;
+  // of the 168 each that a block of 384 threads is launched with
+  static constexpr int kFetchRegisters = kWidth == 64 ? 40 : 24, kRegisters = kWidth == 64 ? 232 : 240;
+  static_assert(kFetchRegisters + kGroups * kRegisters <= (1 + kGroups) * 168);
 };
 
 // Floats of dq that a warpgroup adds up at a time, and those of a tile of queries. They lie as threads hold them: chunk
@@ -24,10 +26,10 @@ static_assert(kTileFloats == kHopperSlotFloats);
 
 // Where the sums of a tile of queries lie, and its turn. Packed sequences: their tiles are counted as find_sequence
 // does, up to a gap after each sequence.
-TFORMER_DEVICE int64_t slot_of(const AttentionCall& call, int q_begin, int b, int h, int i0) {
+TFORMER_DEVICE int slot_of(const AttentionCall& call, int q_begin, int b, int h, int i0) {
   const int rows = hopper_backward_queries(static_cast<int>(call.p.D > call.p.Dv ? call.p.D : call.p.Dv));
-  const int64_t first = call.packed ? q_begin / rows + b : 0;
-  return (call.packed ? h : b * call.p.Hq + h) * hopper_query_tiles(call, rows) + first + i0 / rows;
+  const int first = call.packed ? q_begin / rows + b : 0, tiles = static_cast<int>(hopper_query_tiles(call, rows));
+  return (call.packed ? h : b * static_cast<int>(call.p.Hq) + h) * tiles + first + i0 / rows;
 }
 
 // What a block works on: a tile of keys, and the queries of each head that see some of them. It lies in shared memory

@@ -21,8 +21,9 @@ struct HopperShape {
   static constexpr int kGroups = kWidth == 64 ? 3 : 2;  // warpgroups that multiply
   static constexpr int kKeys = kWidth == 256 ? 80 : kWidth == 128 ? 128 : 112;
   static constexpr int kRows = 64 * kGroups;
-  // 65536 registers of a multiprocessor; the fetching warpgroup gives up what the others need
+  // of the 168 (three groups: 128) each that a block is launched with; the fetching warpgroup gives up what others need
   static constexpr int kFetchRegisters = kGroups == 2 ? 24 : 32, kRegisters = kGroups == 2 ? 240 : 160;
+  static_assert(kFetchRegisters + kGroups * kRegisters <= (1 + kGroups) * (kGroups == 2 ? 168 : 128));
 };
 
 // A block's tile of queries, and the tiles of the keys that some of them see. What follows from these is made anew
