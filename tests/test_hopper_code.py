@@ -19,7 +19,7 @@ WIDTHS = {"forward": (64, 128, 256), "backward": (64, 128)}
 KEYS = {64: 112, 128: 128, 256: 80}
 # Backward: a tile of queries; one of keys has 128, 64 for each warpgroup.
 QUERIES = {64: 128, 128: 64}
-REGISTERS = {("forward", 64): (32, 160), ("backward", 64): (32, 240), ("backward", 128): (32, 240)}  # else (24, 240)
+REGISTERS = {("forward", 64): (32, 160)}  # else (24, 240)
 
 pytestmark = [
     pytest.mark.skipif(not NVCC.is_file(), reason="needs nvcc: set CUDA_HOME"),

@@ -31,7 +31,7 @@ FAULTS = {
     "nobody waits for a turn": [("        if (!first) wait_for_turn_of(turn, job.tile);\n", "")],
     "the turn is given too early": [("        bulk_wait<0>();\n", "")],
     "the turn of another tile": [("give_turn(turn, job.tile + 1)", "give_turn(turn, job.tile)")],
-    "the first tile adds": [("range.begin(i0) / kKeys == job.tile", "false")],
+    "the first tile adds": [("job.range(p).begin(i0) / kKeys == job.tile", "false")],
     "blocks take no ticket": [("take_ticket(given.ticket)", "static_cast<int>(block_index<0>())")],
     "a turn that never comes": [("wait_for_turn_of(turn, job.tile)", "wait_for_turn_of(turn, job.tile + 1)")],
 }

@@ -82,11 +82,21 @@ AttentionCall forward_call(const Tensor& query, const Tensor& key, const Tensor&
 }
 
 // For sm_90a; without a build for it hopper_refusal lets no call through.
-gpu::Status launch_hopper_forward(const AttentionCall& call, const OnDevice& on) {
+gpu::Status launch_hopper_forward(const AttentionCall& call, [[maybe_unused]] const Tensor& query, const OnDevice& on) {
 #ifdef TFORMER_HOPPER
+  const AttentionParams& p = call.p;
   const int multiprocessors = on.device().multiprocessors;
-  return call.p.dtype == DType::bf16 ? gpu::launch_hopper_forward<gpu::bf16>(call, multiprocessors, on.stream())
-                                     : gpu::launch_hopper_forward<gpu::f16>(call, multiprocessors, on.stream());
+  const int64_t tiles =
+      (call.packed ? 1 : p.B) * p.Hq * hopper_query_tiles(call, hopper_forward_queries(std::max(p.D, p.Dv)));
+  // Equal tiles are dealt out beforehand, and so is one for each multiprocessor.
+  std::optional<Tensor> ticket;
+  if (tiles > multiprocessors && (p.causal != kNotCausal || p.key_lengths || call.packed)) {
+    ticket = empty({1}, ScalarType::Int, query);
+    torch::stable::zero_(*ticket);
+  }
+  int32_t* word = ticket ? static_cast<int32_t*>(ticket->mutable_data_ptr()) : nullptr;
+  return p.dtype == DType::bf16 ? gpu::launch_hopper_forward<gpu::bf16>(call, multiprocessors, word, on.stream())
+                                : gpu::launch_hopper_forward<gpu::f16>(call, multiprocessors, word, on.stream());
 #else
   return launch_attention_forward(call, on.stream());
 #endif
@@ -128,7 +138,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   p.o = rows_of(out, p.cu_seqlens_q);
   set_lse(p, lse);
   if (hopper_forward_refusal(call, on.device()) == HopperRefusal::none) {
-    check_launch(launch_hopper_forward(call, on), "attention forward for sm_90a");
+    check_launch(launch_hopper_forward(call, query, on), "attention forward for sm_90a");
     return {out, lse};
   }
   if (call.splits == 1) {

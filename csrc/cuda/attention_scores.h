@@ -163,10 +163,12 @@ TFORMER_DEVICE void finish_scores(const Scores<T, kPlain>& scores, Real<T> (&s)[
 }
 
 // Softmax of rows as they grow: weight = e^(x - m), l = sum of the weights (Milakov & Gimelshein 2018). m is a score,
-// after finish natural; l is this lane's part until then.
+// after finish natural; l is this lane's part until then. m follows the maximum only when that has left it behind by
+// 2^kBehind, in weights: any m near the maximum does, and what was summed before is seldom multiplied anew.
 template <class T, int kLaneRows, bool kPlain>
 struct OnlineSoftmax {
   using R = Real<T>;
+  static constexpr R kBehind = 8 * (Exponent<T>::kUnit == 1 ? R(0.6931471805599453) : R(1));
   R m[kLaneRows], l[kLaneRows];
 
   TFORMER_DEVICE OnlineSoftmax() {
@@ -187,22 +189,24 @@ struct OnlineSoftmax {
     bool grown = false;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      R top = s[r][0];
+      R top[2] = {s[r][0], s[r][1]};  // two chains: each step waits for the one before
 #pragma unroll
-      for (int c = 1; c < kC; ++c) top = maximum(top, s[r][c]);
-      const R m_new = maximum(m[r], quad_maximum(top));
-      const R shift = m_new == -kInfinity<R> ? R(0) : m_new;  // nothing visible yet: weights are e^-inf = 0
-      rescale[r] = Exponent<T>::power((m[r] - shift) * scores.unit);
-      grown = grown || rescale[r] != R(1);
-      m[r] = m_new;
-      const R held = scores.held(shift);
-      R sum = 0;
+      for (int c = 2; c < kC; ++c) top[c % 2] = maximum(top[c % 2], s[r][c]);
+      const R highest = quad_maximum(maximum(top[0], top[1]));
+      rescale[r] = 1;
+      if ((highest - m[r]) * scores.unit > kBehind) {  // not where both are -inf: NaN
+        rescale[r] = Exponent<T>::power((m[r] - highest) * scores.unit);
+        m[r] = highest;
+        grown = true;
+      }
+      const R held = scores.held(m[r] == -kInfinity<R> ? R(0) : m[r]);  // nothing visible yet: weights are e^-inf = 0
+      R sum[2] = {0, 0};
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
         s[r][c] = scores.weight(s[r][c], held);
-        sum += s[r][c];
+        sum[c % 2] += s[r][c];
       }
-      l[r] = l[r] * rescale[r] + sum;
+      l[r] = l[r] * rescale[r] + (sum[0] + sum[1]);
     }
     return grown;
   }
@@ -215,7 +219,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // One more score that has no value: it only takes weight. Returns by what o is to be multiplied.
+  // One more score that has no value: it only takes weight. Returns by what o is to be multiplied. After finish.
   TFORMER_DEVICE R add_sink(int r, R x) {
     const R m_new = maximum(m[r], x);
     const R rescale = m[r] == m_new ? R(1) : Exponent<T>::power((m[r] - m_new) * Exponent<T>::kUnit);

@@ -155,9 +155,9 @@ TFORMER_DEVICE uint64_t matrix_descriptor(const void* shared, int leading, int s
          static_cast<uint64_t>((leading & 0x3ffff) >> 4) << 16 | static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 |
          uint64_t{1} << 62;
 }
-// The matrix `bytes`, a multiple of 16, further on.
+// The matrix `bytes`, a multiple of 16, further on. The upper word stays what it is, a constant to the compiler.
 TFORMER_DEVICE uint64_t advance(uint64_t descriptor, int bytes) {
-  return descriptor + static_cast<uint64_t>(bytes / 16);
+  return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes / 16));
 }
 
 // Before the first product of a batch: registers written before are seen by it. wgmma.fence.

@@ -208,7 +208,7 @@ struct HopperBackward {
 
   // ---- Warps that multiply. ----
 
-  static TFORMER_DEVICE int group() { return thread_index() / kWarpgroup - 1; }
+  static TFORMER_DEVICE int group() { return shuffle_index(thread_index() / kWarpgroup, 0) - 1; }
   // First key of the warp, counted from the tile's.
   static TFORMER_DEVICE int first_row() { return 64 * group() + 16 * (warp() % 4); }
 

@@ -15,7 +15,7 @@ struct HopperBackwardShape {
   static constexpr int kGroups = 2, kKeys = 64 * kGroups;
   static constexpr int kQueries = hopper_backward_queries(kWidth);
   // of the 168 each that a block of 384 threads is launched with
-  static constexpr int kFetchRegisters = kWidth == 64 ? 40 : 24, kRegisters = kWidth == 64 ? 232 : 240;
+  static constexpr int kFetchRegisters = 24, kRegisters = 240;
   static_assert(kFetchRegisters + kGroups * kRegisters <= (1 + kGroups) * 168);
 };
 

@@ -1,8 +1,9 @@
 // o = softmax(scores) v on sm_90a, for plain calls of 16-bit elements: the algorithm of ../attention_forward.h, spread
-// over warpgroups (Shah et al. 2024, FlashAttention-3). One warp has the copy engine fetch tiles, two at a time of keys
-// and of values; the other warpgroups each multiply 64 queries with them. The product of a tile's keys runs beside that
-// of the values before, and its softmax while the latter goes on. Warpgroups take turns in handing out products, so
-// that one multiplies while the other exponentiates.
+// over warpgroups (Shah et al. 2024, FlashAttention-3). A block stays and takes one tile of queries after the other. One
+// warp finds out which, and has the copy engine fetch it and its keys and values, two tiles of each, while the tile
+// before is still worked on; the other warpgroups each multiply 64 queries with them. The product of a tile's keys runs
+// beside that of the values before, and its softmax while the latter goes on. With three warpgroups they take turns in
+// handing out products, so that one multiplies while another exponentiates.
 #pragma once
 
 #include <gpu/hopper.h>
@@ -14,31 +15,40 @@
 
 namespace tformer::gpu {
 
-// Registers of a thread: o, kWidth / 2; scores, kKeys / 2; weights, kKeys / 4. Shared memory: one tile of queries, two
-// of keys, two of values, up to 224 KB.
+// Registers of a thread: o, kWidth / 2; scores, kKeys / 2; weights, kKeys / 4. Shared memory: two tiles of queries (one
+// of width 256), two of keys, two of values, up to 224 KB.
 template <int kWidth>
 struct HopperShape {
   static constexpr int kGroups = kWidth == 64 ? 3 : 2;  // warpgroups that multiply
   static constexpr int kKeys = kWidth == 256 ? 80 : kWidth == 128 ? 128 : 112;
-  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kRows = hopper_forward_queries(kWidth);
+  static_assert(kRows == 64 * kGroups);
   // of the 168 (three groups: 128) each that a block is launched with; the fetching warpgroup gives up what others need
   static constexpr int kFetchRegisters = kGroups == 2 ? 24 : 32, kRegisters = kGroups == 2 ? 240 : 160;
   static_assert(kFetchRegisters + kGroups * kRegisters <= (1 + kGroups) * (kGroups == 2 ? 168 : 128));
 };
 
-// A block's tile of queries, and the tiles of the keys that some of them see. What follows from these is made anew
-// where it is wanted: registers are short.
+// A tile of queries, and the tiles of the keys that some of them see. What follows from these is made anew where it is
+// wanted: registers are short.
 struct HopperTile {
+  static constexpr int kNone = -1;  // as count: there are no more tiles
   int b, h, i0;
   int first_key0, count;
 
-  TFORMER_DEVICE HopperTile(const AttentionCall& call, int64_t b_, int64_t h_, int64_t tile, int rows, int keys)
-      : b(static_cast<int>(b_)), h(static_cast<int>(h_)), i0(static_cast<int>(tile) * rows) {
-    const Sequence seq = sequence_of(call.p, b);
+  static TFORMER_DEVICE HopperTile of(const AttentionCall& call, int64_t b, int64_t h, int64_t tile, int rows,
+                                      int keys) {
+    const int i0 = static_cast<int>(tile) * rows;
+    const Sequence seq = sequence_of(call.p, static_cast<int>(b));
     const KeyRangeOf<int> range(call.p, seq);
     const int key_begin = range.begin(i0), key_end = range.end(smaller(i0 + rows, static_cast<int>(seq.Sq)) - 1);
-    first_key0 = key_begin / keys * keys;
-    count = key_end > key_begin ? (key_end - first_key0 + keys - 1) / keys : 0;
+    const int first_key0 = key_begin / keys * keys;
+    return {static_cast<int>(b), static_cast<int>(h), i0, first_key0,
+            key_end > key_begin ? (key_end - first_key0 + keys - 1) / keys : 0};
+  }
+  // The same for all lanes, and known to be: descriptors made of it need no vector registers.
+  TFORMER_DEVICE HopperTile uniform() const {
+    return {shuffle_index(b, 0), shuffle_index(h, 0), shuffle_index(i0, 0), shuffle_index(first_key0, 0),
+            shuffle_index(count, 0)};
   }
 };
 
@@ -47,24 +57,25 @@ struct HopperForward {
   using Shape = HopperShape<kWidth>;
   using P = TensorCores<T, 2>;
   static constexpr int kGroups = Shape::kGroups, kRows = Shape::kRows, kKeys = Shape::kKeys;
-  static constexpr int kBuffers = 2;
+  static constexpr int kBuffers = 2, kQueryBuffers = kWidth == 256 ? 1 : 2;
   static constexpr int kThreads = kWarpgroup * (1 + kGroups);
-  static constexpr bool kTurns = kWidth <= 128;  // wider products are long enough to hide the softmax of the other
+  static constexpr bool kTurns = kGroups == 3;  // two warpgroups do as well without
   // numbers of barriers, those of the multiplying warpgroups in order
   static constexpr int kTurnBarrier = 1, kGroupBarrier = kTurnBarrier + kGroups;
   using QueryTile = BoxTile<kRows, kWidth>;
   using KeyTile = BoxTile<kKeys, kWidth>;
   static constexpr int kAlign = 1024;
-  static constexpr size_t kSharedBytes =
-      kAlign + QueryTile::kBytes + 2 * kBuffers * KeyTile::kBytes + (1 + 2 * kBuffers) * sizeof(Handover);
+  static constexpr int kHandovers = kQueryBuffers + 2 * kBuffers;
+  static constexpr size_t kSharedBytes = kAlign + kQueryBuffers * QueryTile::kBytes + 2 * kBuffers * KeyTile::kBytes +
+                                         kHandovers * sizeof(Handover) + kQueryBuffers * sizeof(HopperTile);
   static_assert(kSharedBytes <= size_t{227} << 10);
 
   const HopperForwardCall& given;
   const AttentionCall& call;
   const AttentionParams& p;
-  const QueryTile q;
-  char *const k, *const v;  // kBuffers tiles each
+  char *const q, *const k, *const v;  // kQueryBuffers tiles, kBuffers each
   Handover *const q_handover, *const k_handover, *const v_handover;
+  HopperTile* const tiles;  // beside the queries
 
   static TFORMER_DEVICE void run(const HopperForwardCall& given, char* shared) {
     HopperForward(given, align_shared(shared, kAlign)).attend();
@@ -74,16 +85,17 @@ struct HopperForward {
       : given(given_),
         call(given_.call),
         p(given_.call.p),
-        q{shared},
-        k(shared + QueryTile::kBytes),
+        q(shared),
+        k(q + kQueryBuffers * QueryTile::kBytes),
         v(k + kBuffers * KeyTile::kBytes),
         q_handover(reinterpret_cast<Handover*>(v + kBuffers * KeyTile::kBytes)),
-        k_handover(q_handover + 1),
-        v_handover(k_handover + kBuffers) {}
+        k_handover(q_handover + kQueryBuffers),
+        v_handover(k_handover + kBuffers),
+        tiles(reinterpret_cast<HopperTile*>(v_handover + kBuffers)) {}
 
   TFORMER_DEVICE void attend() const {
     if (thread_index() == 0) {
-      for (int n = 0; n < 1 + 2 * kBuffers; ++n) {
+      for (int n = 0; n < kHandovers; ++n) {
         mbarrier_init(&q_handover[n].full, 1);
         mbarrier_init(&q_handover[n].empty, 4 * kGroups);  // each warp that multiplies
       }
@@ -99,12 +111,17 @@ struct HopperForward {
     }
   }
 
-  // f(HopperTile) for each tile of queries of this block. By whole warps.
-  template <class F>
-  TFORMER_DEVICE void for_each_tile(F&& f) const {
+  // Queries lie in a ring of kQueryBuffers.
+  static constexpr int query_buffer_of(int n) { return kQueryBuffers == 1 ? 0 : buffer_of(n); }
+  static constexpr int query_phase_of(int n) { return kQueryBuffers == 1 ? n & 1 : phase_of(n); }
+  TFORMER_DEVICE QueryTile query_tile(int n) const { return {q + query_buffer_of(n) * QueryTile::kBytes}; }
+
+  // ---- The warp that fetches. ----
+
+  TFORMER_DEVICE void fetch_all() const {
+    int count = 0, passed = 0;  // tiles of queries, of keys before
 #pragma unroll 1
-    for (int index = static_cast<int>(block_index<0>()); index < call.grid.blocks();
-         index += static_cast<int>(block_count<0>())) {
+    for (int index = static_cast<int>(block_index<0>()); index < call.grid.blocks(); index = next(index)) {
       Work work = work_of(call.grid, index);
       int64_t b = 0, h = work.head;
       if (call.packed) {
@@ -112,39 +129,44 @@ struct HopperForward {
       } else {
         b = work.head / p.Hq, h = work.head % p.Hq;
       }
-      f(HopperTile(call, b, h, work.tile, kRows, kKeys));
-    }
-  }
-
-  // ---- The warp that fetches. ----
-
-  TFORMER_DEVICE void fetch_all() const {
-    int q_phase = 0, passed = 0;  // passed: tiles of keys before
-    for_each_tile([&](const HopperTile& tile) {
+      const HopperTile tile = HopperTile::of(call, b, h, work.tile, kRows, kKeys);
       const int batch = call.packed ? 0 : tile.b, kv_head = tile.h / static_cast<int>(p.Hq / p.Hk);
       const Positions seq(sequence_of(p, tile.b));
-      fetch(q, given.q, *q_handover, q_phase, seq.q_begin + tile.i0, tile.h, batch);
-      q_phase ^= 1;
+      Handover& handover = q_handover[query_buffer_of(count)];
+      mbarrier_wait(&handover.empty, query_phase_of(count) ^ 1);  // at first, the phase before the first
+      if (lane() == 0) {
+        tiles[query_buffer_of(count)] = tile;
+        query_tile(count).load(&given.q, seq.q_begin + tile.i0, tile.h, batch, &handover.full);
+      }
+      sync_warp();
       const int first = seq.k_begin + tile.first_key0;
 #pragma unroll 1
       for (int n = 0; n <= tile.count; ++n) {  // keys are wanted one tile ahead of the values
-        if (n < tile.count) fetch_part(k, given.k, k_handover, passed + n, first + n * kKeys, kv_head, batch);
-        if (n > 0) fetch_part(v, given.v, v_handover, passed + n - 1, first + (n - 1) * kKeys, kv_head, batch);
+        if (n < tile.count) fetch(k, given.k, k_handover, passed + n, first + n * kKeys, kv_head, batch);
+        if (n > 0) fetch(v, given.v, v_handover, passed + n - 1, first + (n - 1) * kKeys, kv_head, batch);
       }
-      passed += tile.count;
-    });
+      ++count, passed += tile.count;
+    }
+    Handover& handover = q_handover[query_buffer_of(count)];
+    mbarrier_wait(&handover.empty, query_phase_of(count) ^ 1);
+    if (lane() == 0) {
+      tiles[query_buffer_of(count)].count = HopperTile::kNone;
+      mbarrier_arrive(&handover.full);
+    }
   }
 
-  template <class Tile>
-  static TFORMER_DEVICE void fetch(const Tile& to, const TensorMap& map, Handover& handover, int phase, int row,
-                                   int head, int batch) {
-    mbarrier_wait(&handover.empty, phase ^ 1);  // at first, the phase before the first
-    if (lane() == 0) to.load(&map, row, head, batch, &handover.full);
-    sync_warp();
+  // The number of the tile after this one. Tiles that differ in length go to whoever asks first, a ticket at a time.
+  TFORMER_DEVICE int next(int index) const {
+    const int blocks = static_cast<int>(block_count<0>());
+    return given.ticket ? blocks + shuffle_index(lane() == 0 ? take_ticket(given.ticket) : 0, 0) : index + blocks;
   }
-  static TFORMER_DEVICE void fetch_part(char* ring, const TensorMap& map, Handover* handover, int n, int row, int head,
-                                        int batch) {
-    fetch(buffer(ring, n), map, handover[buffer_of(n)], phase_of(n), row, head, batch);
+
+  static TFORMER_DEVICE void fetch(char* ring, const TensorMap& map, Handover* handovers, int n, int row, int head,
+                                   int batch) {
+    Handover& handover = handovers[buffer_of(n)];
+    mbarrier_wait(&handover.empty, phase_of(n) ^ 1);
+    if (lane() == 0) buffer(ring, n).load(&map, row, head, batch, &handover.full);
+    sync_warp();
   }
   static TFORMER_DEVICE KeyTile buffer(char* ring, int n) { return {ring + buffer_of(n) * KeyTile::kBytes}; }
   static TFORMER_DEVICE void wait_for_part(Handover* handover, int n) {
@@ -153,18 +175,21 @@ struct HopperForward {
 
   // ---- Warps that multiply. ----
 
-  static TFORMER_DEVICE int group() { return thread_index() / kWarpgroup - 1; }
+  static TFORMER_DEVICE int group() { return shuffle_index(thread_index() / kWarpgroup, 0) - 1; }
   // First query of the warp.
   static TFORMER_DEVICE int first_row(const HopperTile& tile) { return tile.i0 + 64 * group() + 16 * (warp() % 4); }
 
   TFORMER_DEVICE void multiply_all() const {
-    int q_phase = 0, passed = 0;
-    for_each_tile([&](const HopperTile& tile) {
-      mbarrier_wait(&q_handover->full, q_phase);
-      multiply(tile, passed);
-      q_phase ^= 1;
+    int passed = 0;
+#pragma unroll 1
+    for (int count = 0;; ++count) {
+      mbarrier_wait(&q_handover[query_buffer_of(count)].full, query_phase_of(count));
+      const HopperTile tile = tiles[query_buffer_of(count)].uniform();
+      if (tile.count == HopperTile::kNone) return;
+      multiply(tile, query_tile(count), passed);
+      release(q_handover[query_buffer_of(count)]);
       passed += tile.count;
-    });
+    }
   }
 
   // This warp has read what the buffer holds.
@@ -181,7 +206,7 @@ struct HopperForward {
     if constexpr (kTurns) sync_threads_of(kTurnBarrier + group(), 2 * kWarpgroup);
   }
 
-  TFORMER_DEVICE void multiply(const HopperTile& tile, int passed) const {
+  TFORMER_DEVICE void multiply(const HopperTile& tile, const QueryTile& queries, int passed) const {
     const Scores<T, true> scores(p, sequence_of(p, tile.b), tile.b, tile.h);
     const int row0 = first_row(tile);
     const int all_begin = scores.range.begin(row0 + 15);  // what all queries of the warp see
@@ -202,7 +227,7 @@ struct HopperForward {
 
     if (tile.count > 0) {
       wait_for_part(k_handover, passed);
-      multiply_keys(s, passed);
+      multiply_keys(s, queries, passed);
       wgmma_wait<0>();
       hold(s);
       release(k_handover[buffer_of(passed)]);
@@ -214,7 +239,7 @@ struct HopperForward {
     for (int n = 1; n < tile.count; ++n) {
       wait_for_part(k_handover, passed + n);
       wait_for_turn();
-      multiply_keys(s, passed + n);
+      multiply_keys(s, queries, passed + n);
       wait_for_part(v_handover, passed + n - 1);
       multiply_values(o, weights, passed + n - 1);
       const bool last = n + 1 == tile.count && group() == kGroups - 1;
@@ -244,11 +269,11 @@ struct HopperForward {
       hold(weights);
       release(v_handover[buffer_of(last)]);
     }
-    finish(tile, o, softmax);
+    finish(tile, queries, o, softmax);
   }
 
-  TFORMER_DEVICE void multiply_keys(float (&s)[2][kKeys / 4], int n) const {
-    const uint64_t rows = q.by_rows(64 * group()), keys = buffer(k, n).by_rows(0);
+  TFORMER_DEVICE void multiply_keys(float (&s)[2][kKeys / 4], const QueryTile& queries, int n) const {
+    const uint64_t rows = queries.by_rows(64 * group()), keys = buffer(k, n).by_rows(0);
     hold(s);
     wgmma_fence();
 #pragma unroll
@@ -289,7 +314,8 @@ struct HopperForward {
     }
   }
 
-  TFORMER_DEVICE void finish(const HopperTile& tile, float (&o)[2][kWidth / 4],
+  // The results leave through where the queries lay.
+  TFORMER_DEVICE void finish(const HopperTile& tile, const QueryTile& queries, float (&o)[2][kWidth / 4],
                              OnlineSoftmax<T, 2, true>& softmax) const {
     const Sequence sequence = sequence_of(p, tile.b);
     const Scores<T, true> scores(p, sequence, tile.b, tile.h);
@@ -301,12 +327,11 @@ struct HopperForward {
         softmax.template finish_rows<P>(scores, o, row0, has_sink, has_sink ? sink_of<float>(p, tile.h) : 0.0f, 1.0f,
                                         [&](int i) -> float& { return lse[i]; });
     sync_threads_of(kGroupBarrier + group(), kWarpgroup);  // products of all four warps have read the queries
-    P::put(o, q, row0 - tile.i0);
-    store_rows(q, row0 - tile.i0, 16, row_at<T>(p.o, tile.b, tile.h, seq.q_begin + row0), p.o.stride[2], seq.Sq - row0,
-               static_cast<int>(p.Dv), true);
+    P::put(o, queries, row0 - tile.i0);
+    store_rows(queries, row0 - tile.i0, 16, row_at<T>(p.o, tile.b, tile.h, seq.q_begin + row0), p.o.stride[2],
+               seq.Sq - row0, static_cast<int>(p.Dv), true);
     fence_async_proxy();  // the next queries come by the copy engine
     sync_warp();
-    release(*q_handover);
 #pragma unroll 1
     for (int n = 0; n < 16; ++n) {
       if (suspects >> n & 1) redo_row(tile, scores, seq, row0 + n);

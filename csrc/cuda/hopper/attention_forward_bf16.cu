@@ -1,4 +1,4 @@
 #include "attention_forward_launch.h"
 
 template tformer::gpu::Status tformer::gpu::launch_hopper_forward<tformer::gpu::bf16>(const AttentionCall&, int,
-                                                                                      Stream);
+                                                                                      int32_t*, Stream);

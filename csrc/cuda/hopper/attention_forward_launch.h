@@ -1,6 +1,8 @@
 // Included by the file that compiles the kernels of a dtype for sm_90a.
 #pragma once
 
+#include <algorithm>
+
 #include "../attention_dispatch.h"
 #include "attention_forward.h"
 #include "attention_maps.h"
@@ -8,11 +10,11 @@
 namespace tformer::gpu {
 
 template <class T>
-Status launch_hopper_forward(const AttentionCall& given, int multiprocessors, Stream stream) {
+Status launch_hopper_forward(const AttentionCall& given, int blocks, int32_t* ticket, Stream stream) {
   return for_width(given, [&](auto width) {
     using Kernel = HopperForward<T, decltype(width)::value>;
     HopperForwardCall call{};
-    call.call = given;
+    call.call = given, call.ticket = ticket;
     const AttentionParams& p = given.p;
     const int64_t batches = given.packed ? 1 : p.B;
     WorkGrid& grid = call.call.grid;
@@ -23,10 +25,7 @@ Status launch_hopper_forward(const AttentionCall& given, int multiprocessors, St
     if (status == kSuccess) status = map_of(call.k, p.k, p.D, p.Sk, p.Hk, batches, Kernel::kKeys);
     if (status == kSuccess) status = map_of(call.v, p.v, p.Dv, p.Sk, p.Hk, batches, Kernel::kKeys);
     if (status != kSuccess) return status;
-    // Tiles that take equally long: a block on each multiprocessor takes them in turn, and the keys of the next tile
-    // come while the results of one are written. Else a block for each, as one gets free.
-    const int64_t blocks = grid.last_tile_first || grid.blocks() < multiprocessors ? grid.blocks() : multiprocessors;
-    return launch<Kernel>({blocks}, Kernel::kSharedBytes, stream, call);
+    return launch<Kernel>({std::min<int64_t>(blocks, grid.blocks())}, Kernel::kSharedBytes, stream, call);
   });
 }
 

@@ -24,14 +24,18 @@ enum class HopperRefusal : int64_t {
 struct HopperForwardCall {
   gpu::TensorMap q, k, v;
   AttentionCall call;
+  int32_t* ticket;
 };
+
+// Rows of a forward tile of queries, and tiles of a head; all sequences where packed.
+constexpr int hopper_forward_queries(int64_t width) { return width <= 64 ? 192 : 128; }
+constexpr int64_t hopper_query_tiles(const AttentionCall& call, int rows) {
+  return call.packed ? call.p.Sq / rows + call.p.B : (call.p.Sq + rows - 1) / rows;
+}
 
 // Memory between the kernels of a backward call: sums of dq in tiles of 64 KB / (2 width) queries, whose turn it is at
 // each of these, and the ticket; words are 0 at first.
 constexpr int hopper_backward_queries(int64_t width) { return width <= 64 ? 128 : 64; }
-constexpr int64_t hopper_query_tiles(const AttentionCall& call, int rows) {  // of a head; all sequences where packed
-  return call.packed ? call.p.Sq / rows + call.p.B : (call.p.Sq + rows - 1) / rows;
-}
 constexpr int64_t hopper_slots(const AttentionCall& call) {
   const int64_t width = call.p.D > call.p.Dv ? call.p.D : call.p.Dv;
   return (call.packed ? 1 : call.p.B) * call.p.Hq * hopper_query_tiles(call, hopper_backward_queries(width));
@@ -51,9 +55,10 @@ struct HopperBackwardCall {
 
 namespace gpu {
 
-// T: bf16 or f16, as the call's dtype. multiprocessors: of the device.
+// T: bf16 or f16, as the call's dtype. blocks: those that stay. ticket: a word that is 0 if tiles are taken one by one
+// as blocks get free, or null.
 template <class T>
-Status launch_hopper_forward(const AttentionCall& call, int multiprocessors, Stream stream);
+Status launch_hopper_forward(const AttentionCall& call, int blocks, int32_t* ticket, Stream stream);
 template <class T>
 Status launch_hopper_backward(const AttentionCall& call, const HopperSums& sums, Stream stream);
 
