@@ -87,7 +87,7 @@ def emulated(emulation, monkeypatch):
 
 @pytest.fixture
 def hopper(emulated):
-    """As emulated, with the kernels of an sm_90 on which TFORMER_EXT_SM90=1."""
+    """As emulated, with the kernels of an sm_90."""
     from emulation.library import HOPPER
 
     emulated.set_device(HOPPER, hopper_kernels=True)

@@ -2,8 +2,8 @@
 
 Builds for the present GPU, runs the tests marked cuda, compute-sanitizer on small calls where there is one, then the
 benchmark; its CSV file goes to benchmarks/results. On sm_90 the attention tests, the sanitizer and the benchmark of
-attention run once more with TFORMER_EXT_SM90=1, into a CSV file of their own. Ends with 1 where a step failed; the
-later steps run all the same.
+attention run once more with TFORMER_EXT_SM90=0, which leaves the portable kernels, into a CSV file of their own. Ends
+with 1 where a step failed; the later steps run all the same.
 """
 
 import argparse
@@ -19,9 +19,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("memcheck", "racecheck")
-# Attention's kernels for sm_90a are off unless asked for.
-SM90 = {"TFORMER_EXT_SM90": "1"}
-STEPS = ("build", "tests", "sanitizer", "bench", "sm90-tests", "sm90-sanitizer", "sm90-bench")
+PORTABLE = {"TFORMER_EXT_SM90": "0"}
+STEPS = ("build", "tests", "sanitizer", "bench", "portable-tests", "portable-sanitizer", "portable-bench")
 # Small enough for racecheck, which slows a kernel down a hundredfold.
 SANITIZED = "tests/sanitized_calls.py"
 
@@ -33,12 +32,19 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu-check: torch finds no GPU here")
-    steps = {"build": build, "tests": run_tests, "sanitizer": sanitize, "bench": lambda: bench(options.budget)}
-    if torch.cuda.get_device_capability() == (9, 0):
+    sm90 = torch.cuda.get_device_capability() == (9, 0)
+    steps = {
+        "build": build,
+        "tests": run_tests,
+        # racecheck knows no copy engine
+        "sanitizer": lambda: sanitize(*SANITIZERS[:1] if sm90 else SANITIZERS),
+        "bench": lambda: bench(options.budget),
+    }
+    if sm90:
         steps |= {
-            "sm90-tests": lambda: run_tests(r"attention_kernels[,)]|mark\.cuda", **SM90),
-            "sm90-sanitizer": lambda: sanitize("memcheck", **SM90),  # racecheck knows no copy engine
-            "sm90-bench": lambda: bench(options.budget, "--filter", "^attention", **SM90),
+            "portable-tests": lambda: run_tests(r"attention_kernels[,)]", **PORTABLE),
+            "portable-sanitizer": lambda: sanitize(*SANITIZERS, **PORTABLE),
+            "portable-bench": lambda: bench(options.budget, "--filter", "^attention", **PORTABLE),
         }
     outcomes = {}
     for name, step in steps.items():
@@ -91,7 +97,7 @@ def sanitize(*tools: str, **environment: str) -> str:
     else:
         return f"left out: compute-sanitizer does not work here: {(trial.stdout + trial.stderr).strip()[-200:]}"
     outcomes = []
-    for sanitizer in tools or SANITIZERS:
+    for sanitizer in tools:
         outcomes.append(
             run(tool, "--tool", sanitizer, "--error-exitcode", "1", *choice,
                 sys.executable, SANITIZED, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **environment)

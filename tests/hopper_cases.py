@@ -39,6 +39,11 @@ HOPPER_CASES = [
     Case("heads after length", (2, 4, 2, 70, 150, 64, 64), {"causal": True}, layout="BSHD"),
     Case("length first", (2, 4, 4, 70, 150, 64, 64), layout="SBHD"),
     Case("packed projection", (2, 4, 4, 150, 150, 64, 64), {"causal": True}, layout="packed"),
+    Case("mask per key", (3, 4, 2, 150, 300, 64, 64), mask=(3, 1, 1, 300)),
+    Case("mask per key causal", (2, 4, 2, 150, 300, 128, 128), {"causal": "lower_right"}, mask=(1, 1, 1, 300)),
+    Case("mask per key wide", (2, 2, 1, 70, 200, 256, 256), mask=(2, 1, 1, 200)),
+    Case("mask per key and head", (2, 4, 2, 70, 150, 128, 128), mask=(2, 4, 1, 150)),
+    Case("mask of no key", (2, 2, 1, 70, 150, 64, 64), {"key_lengths": [150, 90]}, mask=(2, 1, 1, 1)),
     Case("many key tiles", (1, 2, 1, 70, 500, 256, 256), {"causal": "lower_right", "window": (400, -1)}),
 ]  # fmt: skip
 
@@ -57,7 +62,7 @@ def check_values(case, dtype):
 
 # Head dimensions above 128 go to the portable kernels. Tiles are 128 keys by 64 queries, up to width 64 by 128.
 BACKWARD_CASES = [
-    *(case for case in HOPPER_CASES if max(case.shape[5:]) <= 128),
+    *(case for case in HOPPER_CASES if max(case.shape[5:]) <= 128 and case.name != "mask per key and head"),
     Case("several tiles", (1, 2, 1, 300, 400, 128, 128)),
     Case("several tiles causal", (1, 2, 2, 400, 400, 64, 64), {"causal": True}),
     Case("eight heads of queries", (1, 8, 1, 70, 150, 128, 128), {"causal": "lower_right"}),

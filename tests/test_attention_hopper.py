@@ -92,6 +92,7 @@ def test_what_goes_to_the_portable_kernels(hopper):
     long, few = torch.randn(1, 2, 600, 64).bfloat16(), torch.randn(1, 2, 3, 64).bfloat16()
     assert why(q, q, q) is None
     assert why(q, q, q, causal=True, window=(5, -1), key_lengths=torch.tensor([9]), sinks=torch.ones(2)) is None
+    assert why(q, q, q, mask=torch.ones(1, 1, 1, 70).bool()) is why(q, q, q, mask=torch.ones(2, 1, 70).bool()) is None
     assert why(q.float(), q.float(), q.float()) == "dtype"
     for options in (
         {"softcap": 1.0}, {"scale": -1.0}, {"scale": 0.0}, {"bias": torch.zeros(1, 1, 1, 70)}, {"dropout_p": 0.5},
@@ -129,7 +130,7 @@ def test_what_explain_says(hopper, monkeypatch):
     assert product == "tensor cores, float16 into float32" and "softcap" in note
     assert _cuda_kernels(q.float(), q.float(), q.float(), {}) == ("float32 multiply-add", ())
     hopper.set_device(HOPPER, hopper_kernels=False)
-    assert "TFORMER_EXT_SM90=1" in _cuda_kernels(q, q, q, {})[1][0]
+    assert "TFORMER_EXT_SM90=0" in _cuda_kernels(q, q, q, {})[1][0]
 
 
 def test_strided_batches_of_one(hopper):

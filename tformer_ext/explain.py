@@ -38,10 +38,14 @@ HOPPER_REFUSALS = {
     1: ("dtype", "they are for bfloat16 and float16"),
     2: ("device", "they are for compute capability 9.0 only"),
     3: ("not_built", "this build has none: its TFORMER_CUDA_ARCHS have no 90"),
-    4: ("operands", "with bias, mask, ALiBi, softcap, dropout or a scale that is not positive there are none"),
+    4: (
+        "operands",
+        "with bias, a mask that differs by query (in backward by head too), ALiBi, softcap, dropout or a scale that is "
+        "not positive there are none",
+    ),
     5: ("split", "there are few queries for many keys, so the keys are split over blocks"),
     6: ("layout", "addresses or strides are no multiples of 16 bytes, a dimension is expanded, or there are no keys"),
-    7: ("not_wanted", "they have not yet run on hardware, so they want TFORMER_EXT_SM90=1 in the environment"),
+    7: ("not_wanted", "TFORMER_EXT_SM90=0 in the environment turns them off"),
     8: ("width", "head dimensions above 128 would want more registers than there are"),
 }
 

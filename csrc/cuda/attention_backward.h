@@ -27,24 +27,27 @@ struct Differentiated {
   R p, ds, dbias;
 };
 
-// One pair: the product q.k and dp of its row and column become p and ds. `visible`: by position.
-template <class T, bool kPlain>
-TFORMER_DEVICE Differentiated<Real<T>> differentiate(const Scores<T, kPlain>& scores, Real<T> product, Real<T> dp,
+// One pair: the product q.k and dp of its row and column become p and ds. `visible`: by position; of plain scores, by a
+// mask by keys too.
+template <class T>
+TFORMER_DEVICE Differentiated<Real<T>> differentiate(const Scores<T, true>& scores, Real<T> product, Real<T> dp,
+                                                     Real<T> lse, Real<T> delta, bool visible) {
+  using R = Real<T>;
+  const R p = scores.weight(visible ? product : -kInfinity<R>, lse);
+  return {p, p * (dp - delta), R(0)};
+}
+template <OperandSet kSet, class T>
+TFORMER_DEVICE Differentiated<Real<T>> differentiate(const Scores<T, false>& scores, Real<T> product, Real<T> dp,
                                                      Real<T> lse, Real<T> delta, Real<T> kept, bool visible, int i,
                                                      int j) {
   using R = Real<T>;
-  if constexpr (kPlain) {
-    const R p = scores.weight(visible ? product : -kInfinity<R>, lse);
-    return {p, p * (dp - delta), R(0)};
-  } else {
-    if (!visible) return {R(0), R(0), R(0)};
-    R cap;
-    const R x = scores.score(product, i, j, cap);
-    if (x == -kInfinity<R>) return {R(0), R(0), R(0)};
-    const R p = scores.weight(x, lse);
-    const R ds = p * (dp * kept - delta);
-    return {p * kept, ds * cap, ds};
-  }
+  if (!visible) return {R(0), R(0), R(0)};
+  R cap;
+  const R x = scores.template score<kSet>(product, i, j, cap);
+  if (x == -kInfinity<R>) return {R(0), R(0), R(0)};
+  const R p = scores.weight(x, lse);
+  const R ds = p * (dp * kept - delta);
+  return {p * kept, ds * cap, ds};
 }
 
 // kept of a pair: 1 without dropout.

@@ -145,6 +145,54 @@ struct AttentionKeyGradients {
     if (kKeys) P::multiply_rows(dp, v, warp() * kWarpRows, from.grad_o);
     const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
     const bool all_visible = scores.all_visible(i0, i0 + kQueries, row0, row0 + kWarpRows);
+    if constexpr (kPlain) {
+      bool shown[kLaneRows], all_shown = true;
+#pragma unroll
+      for (int r = 0; r < kLaneRows; ++r) {
+        const int j = row0 + P::row(r);
+        shown[r] = j >= seq.Sk || scores.shows_key(j);
+        all_shown = all_shown && shown[r];
+      }
+      if (all_visible && !any(!all_shown)) {
+        differentiate_plain<false>(from, scores, i0, shown, s, dp);
+      } else {
+        differentiate_plain<true>(from, scores, i0, shown, s, dp);
+      }
+    } else {
+      scores.for_operands([&](auto operands) {
+        differentiate_general<decltype(operands)::kSet>(from, scores, i0, all_visible, s, dp, dbias);
+      });
+    }
+    if (kValues) P::multiply_down(dv, s, from.grad_o);
+    if (kKeys) P::multiply_down(dk, dp, from.q);
+  }
+
+  // s becomes weights, dp ds. kSome: only some of the pairs are visible; shown: keys, by a mask.
+  template <bool kSome>
+  TFORMER_DEVICE void differentiate_plain(const Stage& from, const Scores<T, kPlain>& scores, int i0,
+                                          const bool (&shown)[kLaneRows], R (&s)[kLaneRows][kQueries / 4],
+                                          R (&dp)[kLaneRows][kQueries / 4]) const {
+#pragma unroll
+    for (int c = 0; c < kQueries / 4; ++c) {
+      const int n = P::column(c), i = i0 + n;
+      const R lse = from.lse[n], delta = from.delta[n];
+      const int begin = kSome ? scores.range.begin(i) - row0 : 0;
+      const int end = kSome && i < seq.Sq ? scores.range.end(i) - row0 : 0;
+#pragma unroll
+      for (int r = 0; r < kLaneRows; ++r) {
+        const int j = P::row(r);
+        const bool visible = !kSome || (j >= begin && j < end && shown[r]);
+        const auto g = differentiate(scores, s[r][c], dp[r][c], lse, delta, visible);
+        s[r][c] = g.p;
+        dp[r][c] = g.ds;
+      }
+    }
+  }
+
+  template <OperandSet kSet>
+  TFORMER_DEVICE void differentiate_general(const Stage& from, const Scores<T, kPlain>& scores, int i0,
+                                            bool all_visible, R (&s)[kLaneRows][kQueries / 4],
+                                            R (&dp)[kLaneRows][kQueries / 4], R (&dbias)[kLaneRows]) const {
 #pragma unroll
     for (int c = 0; c < kQueries / 4; ++c) {
       const int n = P::column(c);
@@ -158,15 +206,13 @@ struct AttentionKeyGradients {
 #pragma unroll
       for (int r = 0; r < kLaneRows; ++r) {
         const int j = P::row(r);
-        const auto g = differentiate(scores, s[r][c], dp[r][c], lse, delta, kept_of(from, n, row0 + j),
-                                     j >= begin && j < end, i, row0 + j);
+        const auto g = differentiate<kSet>(scores, s[r][c], dp[r][c], lse, delta, kept_of(from, n, row0 + j),
+                                           j >= begin && j < end, i, row0 + j);
         s[r][c] = g.p;
         dp[r][c] = g.ds;
         dbias[r] += g.dbias;
       }
     }
-    if (kValues) P::multiply_down(dv, s, from.grad_o);
-    if (kKeys) P::multiply_down(dk, dp, from.q);
   }
 
   TFORMER_DEVICE R kept_of(const Stage& from, int query, int j) const {

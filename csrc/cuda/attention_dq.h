@@ -140,6 +140,45 @@ struct AttentionQueryGradients {
     P::multiply_rows(s, q, warp() * kWarpRows, from.k);
     P::multiply_rows(dp, grad_o, warp() * kWarpRows, from.v);
     const bool all_visible = scores.all_visible(row0, row0 + kWarpRows, key0, key0 + kKeys);
+    if constexpr (kPlain) {
+      const ShownKeys<kKeys> shown(scores, key0);
+      if (all_visible && shown.all()) {
+        differentiate_plain<false>(key0, lse, delta, s, dp, shown);
+      } else {
+        differentiate_plain<true>(key0, lse, delta, s, dp, shown.from(P::first_column()));
+      }
+    } else {
+      scores.for_operands([&](auto operands) {
+        differentiate_general<decltype(operands)::kSet>(key0, all_visible, lse, delta, s, dp, dbias);
+      });
+    }
+    P::multiply_down(dq, dp, from.k);
+  }
+
+  // dp becomes ds. kSome: only some of the pairs are visible.
+  template <bool kSome>
+  TFORMER_DEVICE void differentiate_plain(int key0, const R (&lse)[kLaneRows], const R (&delta)[kLaneRows],
+                                          const R (&s)[kLaneRows][kKeys / 4], R (&dp)[kLaneRows][kKeys / 4],
+                                          const ShownKeys<kKeys>& shown) const {
+    const auto range = scores.range.from_key(key0 + P::first_column());
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      const int i = row0 + P::row(r), begin = kSome ? range.begin(i) : 0;
+      const int end = kSome && i < seq.Sq ? range.end(i) : 0;
+#pragma unroll
+      for (int c = 0; c < kKeys / 4; ++c) {
+        const int j = P::column_offset(c);
+        const bool visible = !kSome || (j >= begin && j < end && shown.bit(j));
+        dp[r][c] = differentiate(scores, s[r][c], dp[r][c], lse[r], delta[r], visible).ds;
+      }
+    }
+  }
+
+  // As differentiate_plain, with the gradient of the bias.
+  template <OperandSet kSet>
+  TFORMER_DEVICE void differentiate_general(int key0, bool all_visible, const R (&lse)[kLaneRows],
+                                            const R (&delta)[kLaneRows], const R (&s)[kLaneRows][kKeys / 4],
+                                            R (&dp)[kLaneRows][kKeys / 4], R (&dbias)[kLaneRows]) const {
     const int lane_key0 = key0 + P::first_column();
     const auto range = scores.range.from_key(lane_key0);
 #pragma unroll
@@ -151,20 +190,19 @@ struct AttentionQueryGradients {
         end = i < seq.Sq ? range.end(i) : 0;
       }
       uint64_t bits = 0;
-      if (!kPlain && kept.dropout) {
+      if (kept.dropout) {
         bits = keep(key0).word(warp() * kWarpRows + P::row(r), 0) >> (key0 % kKeepBlock + P::first_column());
       }
 #pragma unroll
       for (int c = 0; c < kKeys / 4; ++c) {
         const int j = P::column_offset(c);
-        const R factor = kPlain || !kept.dropout ? R(1) : bits >> j & 1 ? kept.scale : R(0);
-        const auto g =
-            differentiate(scores, s[r][c], dp[r][c], lse[r], delta[r], factor, j >= begin && j < end, i, lane_key0 + j);
+        const R factor = !kept.dropout ? R(1) : bits >> j & 1 ? kept.scale : R(0);
+        const auto g = differentiate<kSet>(scores, s[r][c], dp[r][c], lse[r], delta[r], factor, j >= begin && j < end,
+                                           i, lane_key0 + j);
         dp[r][c] = g.ds;
-        if (!kPlain && j >= begin && j < end) add_grad_bias(i, lane_key0 + j, g.dbias, dbias[r]);
+        if (j >= begin && j < end) add_grad_bias(i, lane_key0 + j, g.dbias, dbias[r]);
       }
     }
-    P::multiply_down(dq, dp, from.k);
   }
 
   TFORMER_DEVICE bool wants_bias() const { return !kPlain && p.grad_bias && call.bias_has_rows; }

@@ -60,8 +60,22 @@ TFORMER_DEVICE R read_element(const void* data, DType dtype, int64_t at) {
   }
 }
 
-// The scores of one (batch, query head). kPlain: nothing but the scale and the range of keys; products are then scores
-// but for a factor, which waits for the exponent.
+template <class T>
+constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+template <>
+constexpr DType kDType<bf16> = DType::bf16;
+template <>
+constexpr DType kDType<f16> = DType::f16;
+
+// What general scores may have beside a scale: nothing; a bias of T alone; a mask alone; anything.
+enum class OperandSet { none, bias, mask, any };
+template <OperandSet kSet_>
+struct Operands {
+  static constexpr OperandSet kSet = kSet_;
+};
+
+// The scores of one (batch, query head). kPlain: nothing but the scale, the range of keys and a mask by keys; products
+// are then scores but for a factor, which waits for the exponent.
 template <class T, bool kPlain>
 struct Scores {
   using R = Real<T>;
@@ -103,12 +117,41 @@ struct Scores {
     return i1 <= Sq && range.begin(i1 - 1) <= j0 && range.end(i0) >= j1;
   }
 
+  // What a mask by keys says of key j.
+  TFORMER_DEVICE bool shows_key(int j) const {
+    return !p.mask.data || static_cast<const char*>(p.mask.data)[mask_offset + j * p.mask.stride[3]] != 0;
+  }
+
+  // f(an Operands): what has to be asked for each pair is asked once for a tile of them.
+  template <class F>
+  TFORMER_DEVICE void for_operands(F&& f) const {
+    const bool others = p.softcap != 0 || p.alibi_slopes;
+    if (others || (p.bias.data && (p.mask.data || p.bias.dtype != kDType<T>))) {
+      f(Operands<OperandSet::any>{});
+    } else if (p.bias.data) {
+      f(Operands<OperandSet::bias>{});
+    } else if (p.mask.data) {
+      f(Operands<OperandSet::mask>{});
+    } else {
+      f(Operands<OperandSet::none>{});
+    }
+  }
+
   // The score of query i and key j, which position lets through; -inf where it takes no part. `cap` receives the
-  // derivative of the softcap.
+  // derivative of the softcap. kSet: what there may be.
+  template <OperandSet kSet = OperandSet::any>
   TFORMER_DEVICE R score(R product, int i, int j, R& cap) const {
     cap = 1;
     if constexpr (kPlain) {
-      return product;
+      return shows_key(j) ? product : -kInfinity<R>;
+    } else if constexpr (kSet == OperandSet::none) {
+      return product * scale;
+    } else if constexpr (kSet == OperandSet::bias) {
+      const T* bias = static_cast<const T*>(p.bias.data) + bias_offset;
+      return product * scale + widen(bias[i * p.bias.stride[2] + j * p.bias.stride[3]]);
+    } else if constexpr (kSet == OperandSet::mask) {
+      const auto* mask = static_cast<const char*>(p.mask.data) + mask_offset;
+      return mask[i * p.mask.stride[2] + j * p.mask.stride[3]] ? product * scale : -kInfinity<R>;
     } else {
       R x = product * scale;
       if (p.softcap != 0) {
@@ -134,31 +177,72 @@ TFORMER_DEVICE R sink_of(const AttentionParams& p, int64_t h) {
   return read_element<R>(p.sinks, p.sinks_dtype, h);
 }
 
+// What a mask by keys says of kKeys keys from key0 on, a bit each. By whole warps.
+template <int kKeys>
+struct ShownKeys {
+  static constexpr int kWords = (kKeys + kWarp - 1) / kWarp;
+  uint32_t word[kWords];
+
+  template <class T>
+  TFORMER_DEVICE ShownKeys(const Scores<T, true>& scores, int key0) {
+#pragma unroll
+    for (int n = 0; n < kWords; ++n) {
+      word[n] = ~uint32_t{0};
+      if (!scores.p.mask.data) continue;
+      const int k = n * kWarp + lane(), j = key0 + k;
+      word[n] = ballot(k >= kKeys || j >= scores.range.Sk || scores.shows_key(j));
+    }
+  }
+  TFORMER_DEVICE bool all() const {
+    uint32_t both = word[0];
+#pragma unroll
+    for (int n = 1; n < kWords; ++n) both &= word[n];
+    return both == ~uint32_t{0};
+  }
+  // Of the lane's columns, whose first one is key0 + first < 8: bit(offset) is that of key0 + first + offset.
+  TFORMER_DEVICE ShownKeys from(int first) const {
+    ShownKeys shifted = *this;
+#pragma unroll
+    for (int n = 0; n < kWords; ++n) shifted.word[n] >>= first;
+    return shifted;
+  }
+  TFORMER_DEVICE bool bit(int offset) const { return word[offset / kWarp] >> offset % kWarp & 1; }
+};
+
 // Scores of rows row0 and after become final: -inf where query and key do not meet, by position or by an operand. Keys
-// from key0 on; only those of [key_begin, key_end) count. P: how products spread rows and columns over lanes.
-template <class P, class T, bool kPlain, int kLaneRows, int kC>
+// from key0 on; only those of [key_begin, key_end) count. P: how products spread rows and columns over lanes. shown: of
+// plain scores, a ShownKeys.
+template <class P, class T, bool kPlain, int kLaneRows, int kC, class Shown>
 TFORMER_DEVICE void finish_scores(const Scores<T, kPlain>& scores, Real<T> (&s)[kLaneRows][kC], int b, int row0,
-                                  int key0, int key_begin, int key_end) {
+                                  int key0, int key_begin, int key_end, const Shown& shown) {
   using R = Real<T>;
   const int lane_key0 = key0 + P::first_column();
   // made anew, since most tiles do without: registers are short
   const auto range = KeyRangeOf<int>(scores.p, sequence_of(scores.p, b)).from_key(lane_key0);
+  // f(r, c, i, j - lane_key0, whether the positions meet)
+  const auto for_pairs = [&](auto&& f) {
 #pragma unroll
-  for (int r = 0; r < kLaneRows; ++r) {
-    const int i = row0 + P::row(r);
-    const int begin = larger(range.begin(i), key_begin - lane_key0);
-    const int end = i < scores.Sq ? smaller(range.end(i), key_end - lane_key0) : 0;
+    for (int r = 0; r < kLaneRows; ++r) {
+      const int i = row0 + P::row(r);
+      const int begin = larger(range.begin(i), key_begin - lane_key0);
+      const int end = i < scores.Sq ? smaller(range.end(i), key_end - lane_key0) : 0;
 #pragma unroll
-    for (int c = 0; c < kC; ++c) {
-      const int j = P::column_offset(c);
-      const bool in_range = j >= begin && j < end;
-      R cap;
-      if (kPlain || !in_range) {
-        s[r][c] = in_range ? s[r][c] : -kInfinity<R>;
-      } else {
-        s[r][c] = scores.score(s[r][c], i, lane_key0 + j, cap);
+      for (int c = 0; c < kC; ++c) {
+        const int j = P::column_offset(c);
+        f(r, c, i, j, j >= begin && j < end);
       }
     }
+  };
+  if constexpr (kPlain) {
+    for_pairs([&](int r, int c, int, int j, bool meet) { s[r][c] = meet && shown.bit(j) ? s[r][c] : -kInfinity<R>; });
+  } else {
+    scores.for_operands([&](auto operands) {
+      for_pairs([&](int r, int c, int i, int j, bool meet) {
+        R cap;
+        s[r][c] =
+            meet ? scores.template score<decltype(operands)::kSet>(s[r][c], i, lane_key0 + j, cap) : -kInfinity<R>;
+      });
+    });
   }
 }
 

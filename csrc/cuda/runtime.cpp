@@ -61,7 +61,7 @@ bool hopper_is_wanted() {
     const char* setting = std::getenv("TFORMER_EXT_SM90");
     const std::string value = setting ? setting : "";
     check(value.empty() || value == "0" || value == "1", "TFORMER_EXT_SM90: expected 0 or 1, got '", value, "'");
-    return value == "1";
+    return value != "0";
   }();
   return wanted;
 }

@@ -30,7 +30,7 @@ class OnDevice {
   Stream stream_;
 };
 
-// Whether TFORMER_EXT_SM90=1 asks for the kernels for sm_90a. std::runtime_error where it is neither 0 nor 1.
+// Whether the kernels for sm_90a may be taken: not with TFORMER_EXT_SM90=0. std::runtime_error: neither 0 nor 1.
 bool hopper_is_wanted();
 
 // std::runtime_error that names the kernel unless the launch succeeded.

@@ -53,7 +53,7 @@ class Emulation:
         self._library.tformer_set_emulation_poison(0xFF if nan else 0x49)
 
     def set_device(self, capability: tuple[int, int], hopper_kernels: bool = False) -> None:
-        """The emulated device's compute capability; whether TFORMER_EXT_SM90 asks for the kernels of sm_90a."""
+        """The emulated device's compute capability; whether TFORMER_EXT_SM90 lets the kernels of sm_90a be taken."""
         major, minor = capability
         self._library.tformer_set_emulated_device(major, minor, int(hopper_kernels))
         self.set_shared_bytes(MOST_SHARED_BYTES[capability])

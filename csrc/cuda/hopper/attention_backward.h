@@ -91,10 +91,13 @@ struct HopperBackward {
       h = work.head;
       there = find_sequence(p.cu_seqlens_k, p.B, kKeys, work.tile, b);
     }
-    if (lane() != 0) return;
-    *at.there = there;
+    if (lane() == 0) *at.there = there;
     if (!there) return;
-    *at.job = HopperKeyTile(p, static_cast<int>(b), static_cast<int>(h), static_cast<int>(work.tile), kKeys, kQueries);
+    const int job_b = static_cast<int>(b), tile = static_cast<int>(work.tile);
+    const Scores<T, true> scores(p, sequence_of(p, job_b), job_b, 0);  // heads share a mask
+    const ShownKeys<kKeys> shown(scores, tile * kKeys);
+    if (lane() != 0) return;
+    *at.job = HopperKeyTile(p, job_b, static_cast<int>(h), tile, kKeys, kQueries, shown);
     mbarrier_init(&at.kv->full, 2);
     for (int n = 0; n < kBuffers; ++n) {
       mbarrier_init(&at.q_handover[n].full, 2);  // queries; lse and delta
@@ -323,7 +326,9 @@ struct HopperBackward {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int j = job.j0 + first_row() + P::row(r), begin = range.query_begin(j) - lane_i0;
-        const int end = j < job.Sk ? range.query_end(j, job.Sq) - lane_i0 : 0;
+        const int at_row = first_row() + P::row(r);
+        const bool shown = job.shown[at_row / kWarp] >> at_row % kWarp & 1;
+        const int end = j < job.Sk && shown ? range.query_end(j, job.Sq) - lane_i0 : 0;
 #pragma unroll
         for (int c = 0; c < kQueries / 4; ++c) {
           const int i = P::column_offset(c);

@@ -1,9 +1,9 @@
 // o = softmax(scores) v on sm_90a, for plain calls of 16-bit elements: the algorithm of ../attention_forward.h, spread
-// over warpgroups (Shah et al. 2024, FlashAttention-3). A block stays and takes one tile of queries after the other. One
+// over warpgroups (Shah et al. 2024, FlashAttention-3). A block stays and takes one tile of queries after another. One
 // warp finds out which, and has the copy engine fetch it and its keys and values, two tiles of each, while the tile
 // before is still worked on; the other warpgroups each multiply 64 queries with them. The product of a tile's keys runs
-// beside that of the values before, and its softmax while the latter goes on. With three warpgroups they take turns in
-// handing out products, so that one multiplies while another exponentiates.
+// beside that of the values before, and its softmax while the latter goes on. Three warpgroups take turns in handing
+// out products, so that one multiplies while another exponentiates.
 #pragma once
 
 #include <gpu/hopper.h>
@@ -218,9 +218,10 @@ struct HopperForward {
 
     const auto weigh = [&](int n) {  // scores of tile n become weights
       const int key0 = tile.first_key0 + n * kKeys;
-      if (key0 < all_begin || key0 + kKeys > all_end) {
+      const ShownKeys<kKeys> shown(scores, key0);
+      if (key0 < all_begin || key0 + kKeys > all_end || !shown.all()) {
         const Scores<T, true> anew(p, sequence_of(p, tile.b), tile.b, tile.h);
-        finish_scores<P>(anew, s, tile.b, first_row(tile), key0, 0, anew.range.Sk);
+        finish_scores<P>(anew, s, tile.b, first_row(tile), key0, 0, anew.range.Sk, shown.from(P::first_column()));
       }
       return any(softmax.weigh(scores, s, rescale));
     };

@@ -13,10 +13,11 @@ enum class HopperRefusal : int64_t {
   dtype = 1,       // float32 and float64 are not for them
   device = 2,      // compute capability is not 9.0
   not_built = 3,   // TFORMER_CUDA_ARCHS has no 90
-  operands = 4,    // more than scale, causal, window, key lengths, packed sequences and sinks
+  operands = 4,    // more than scale, causal, window, key lengths, mask by keys (backward: of all heads), packed
+                   // sequences and sinks
   split = 5,       // few queries and long keys: the keys are split
   layout = 6,      // not multiples of 16 bytes, an expanded dimension, no keys; backward: no queries
-  not_wanted = 7,  // TFORMER_EXT_SM90 is not 1
+  not_wanted = 7,  // TFORMER_EXT_SM90 is 0
   width = 8        // backward: head dimensions above 128
 };
 
