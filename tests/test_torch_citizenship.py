@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -67,6 +68,17 @@ def test_compile_fullgraph(backend):
     torch.testing.assert_close(out, block(*inputs))
     for a, e in zip(torch.autograd.grad(out.sum(), inputs), expected, strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compile_traces_either_device(device, monkeypatch):
+    """With fake tensors and a backend that compiles nothing, so that no GPU is needed to trace the calls for one."""
+    monkeypatch.setattr(tx.arguments, "_ON_CUDA", frozenset(("attention", "residual_norm")))
+    shapes = [(2, 2, 9, 8)] * 4 + [(8,)] * 2
+    with FakeTensorMode():
+        inputs = [torch.empty(shape, device=device) for shape in shapes]
+        out = torch.compile(block, fullgraph=True, backend="eager")(*inputs)
+    assert out.device.type == device and out.shape == shapes[0]
 
 
 def test_compile_dynamic_shapes():

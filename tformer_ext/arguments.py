@@ -4,7 +4,6 @@ Every error names the argument, what was expected and what came. The checks read
 read where that costs nothing, on the CPU and outside torch.compile.
 """
 
-import functools
 import math
 from itertools import pairwise
 
@@ -34,10 +33,17 @@ def unit_stride(t):
     return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-@functools.cache
+# Looked up here, once: torch.compile of torch 2.11 cannot trace a question to the dispatcher.
+_ON_CUDA = frozenset(
+    operation
+    for operation in ("attention", "residual_norm")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"tformer_ext::_{operation}_forward", "CUDA")
+)
+
+
 def has_cuda_kernels(operation):
     """Whether this build has kernels of the operation, "attention" or "residual_norm", for CUDA tensors."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"tformer_ext::_{operation}_forward", "CUDA")
+    return operation in _ON_CUDA
 
 
 def device_is_served(t, name="query", operation="attention"):

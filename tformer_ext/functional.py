@@ -18,7 +18,8 @@ __all__ = [
 def _autocast(*tensors):
     """Under autocast, matrix products run in its dtype: float32 and 16-bit inputs are cast to it."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # the devices by name: torch.compile of torch 2.11 cannot trace torch.amp.is_autocast_available
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float32, torch.bfloat16, torch.float16)
