@@ -27,6 +27,7 @@ CASES = [
     Case("one element", (1, 1, 1, 1, 1, 1, 1)),
     Case("one key", (2, 2, 2, 5, 1, 64, 64)),
     Case("one query of decoding", (2, 4, 2, 1, 131, 64, 64), {"causal": "lower_right"}),
+    Case("one query of groups larger than tiles", (1, 260, 2, 1, 40, 16, 16), {"causal": "lower_right"}),
     Case("prime sizes", (3, 5, 5, 17, 31, 13, 7)),
     Case("whole tiles", (1, 2, 2, 96, 128, 64, 64)),
     Case("one past the tiles", (1, 2, 2, 97, 129, 65, 33)),

@@ -3,7 +3,7 @@
 import torch
 from cases import Case, gradients, in_dtype, tensors
 from same_maths import forward_yardsticks, yardsticks
-from tolerances import assert_close, assert_gradient_close, farther
+from tolerances import assert_close, assert_gradient_close, farther, yardstick_dtype
 
 from tformer_ext import functional as F
 from tformer_ext import reference
@@ -24,6 +24,7 @@ HOPPER_CASES = [
     Case("one tile", (1, 2, 2, 64, 100, 128, 128)),
     Case("whole tiles", (1, 2, 2, 384, 256, 128, 128), {"causal": True}),
     Case("one query", (1, 130, 130, 1, 40, 64, 64)),
+    Case("one query of groups", (2, 8, 2, 1, 100, 64, 64), {"causal": "lower_right"}),
     Case("one past the tiles", (1, 3, 1, 193, 113, 64, 64)),
     Case("narrow heads", (1, 2, 2, 70, 150, 8, 24)),
     Case("head dims of two widths", (1, 2, 1, 70, 150, 72, 200)),
@@ -54,7 +55,7 @@ def check_values(case, dtype):
     qkv, options = tensors(case, dtype)
     exact, exact_options = in_dtype(qkv, options, torch.float64)
     golden = reference.attention(*exact, **exact_options, return_lse=True)
-    same = zip(*forward_yardsticks(qkv, options, dtype), strict=True)
+    same = zip(*forward_yardsticks(qkv, options, yardstick_dtype(dtype)), strict=True)
     actual = F.attention(*qkv, **options, return_lse=True)
     for name, a, g, f in zip(("out", "lse"), actual, golden, same, strict=True):
         assert_close(a, g, farther(f, g), f"{dtype} {name}")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import CASES, Case, gradients, in_dtype, tensors
+from hopper_cases import check_values
 from same_maths import yardsticks
 from tolerances import DTYPES, assert_close, assert_gradient_close, farther, yardstick_dtype
 
@@ -130,6 +131,76 @@ def test_split_keys(dtype, options, emulated):
     same = reference.attention(*qkv, **options, return_lse=True)
     for a, g, f in zip((out, lse), golden, same, strict=True):
         assert_close(a, g, f)
+
+
+ONE = (2, 8, 2, 1, 70, 24, 40)
+LONG = (2, 8, 2, 1, 600, 24, 40)  # in four splits
+# One query of each head, and the blocks of its launches, that of the merge with one for each row: a head of keys is
+# gone through once.
+ONE_QUERY = [
+    (Case("groups", ONE), 4),
+    (Case("groups, split", LONG), 4 * 4 + 16),
+    (Case("one key head", (2, 6, 1, 1, 70, 24, 40)), 2),
+    (Case("no groups", (1, 4, 4, 1, 70, 24, 40)), 4),
+    (Case("lengths", ONE, {"key_lengths": [31, 0]}), 4),
+    (Case("lengths, split", LONG, {"key_lengths": [0, 411], "causal": "lower_right"}), 32),
+    (Case("lower right", ONE, {"causal": "lower_right"}), 4),
+    (Case("upper left", ONE, {"causal": "upper_left"}), 4),
+    (Case("upper left with lengths", LONG, {"causal": "upper_left", "key_lengths": [0, 9], "window": (3, -1)}), 4),
+    (Case("window", ONE, {"causal": "lower_right", "window": (20, -1)}, bias=(1, 8, 1, 70), mask=(2, 1, 1, 70)), 4),
+    (Case("window, split", LONG, {"window": (550, 2)}, bias=(2, 1, 1, 600), mask=(1, 1, 1, 600)), 4 * 3 + 16),
+    (Case("window of all", ONE, {"window": (69, 0), "key_lengths": [70, 31]}), 4),
+    (Case("window of lengths, heads apart", ONE, {"window": (20, -1), "key_lengths": [70, 31]}), 16),
+    (Case("mask per key", ONE, mask=(2, 1, 1, 70)), 4),
+    (Case("mask full, split", LONG, mask=(2, 8, 1, 600)), 32),
+    (Case("bias per head and key", ONE, bias=(1, 8, 1, 70)), 4),
+    (Case("bias per batch and key", ONE, bias=(2, 1, 1, 70)), 4),
+    (Case("bias per head, split", LONG, bias=(1, 8, 1, 1)), 32),
+    (Case("softcap", ONE, {"softcap": 3.0}), 4),
+    (Case("sinks, heads apart", ONE, sinks=True), 16),
+    (Case("sinks, split", LONG, {"key_lengths": [600, 0]}, sinks=True), 32),
+    (Case("alibi, heads apart", ONE, {"causal": "lower_right"}, alibi="BH"), 16),
+    (Case("dropout, heads apart", ONE, {"dropout_p": 0.3, "dropout_seed": 3}), 16),
+    (Case("two queries, heads apart", (2, 8, 2, 2, 70, 24, 40), {"causal": "lower_right"}), 16),
+    (Case("heads after length", LONG, layout="BSHD"), 32),
+    (Case("length first", ONE, layout="SBHD"), 4),
+    (Case("packed projection", ONE, layout="packed"), 4),
+    (Case("one batch for all", ONE, layout="expanded"), 4),
+    (Case("odd head dims", (1, 6, 2, 1, 70, 13, 7), {"causal": "lower_right"}, layout="BSHD"), 2),
+    (Case("wide heads", (1, 4, 1, 1, 130, 200, 256), {"window": (99, -1)}), 1),
+    (Case("no keys", (1, 4, 2, 1, 0, 16, 16)), 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case, blocks", ONE_QUERY, ids=str)
+def test_one_query_of_heads_that_share_keys(case, blocks, emulated):
+    for dtype in DTYPES:
+        before = emulated.launched_blocks()
+        check_values(case, dtype)
+        assert emulated.launched_blocks() - before == blocks
+
+
+def test_sinks_of_many_batches(emulated):
+    """Blocks enough, but only the merge can add what belongs to heads."""
+    case = Case("", (512, 2, 1, 1, 512, 8, 8), sinks=True)
+    before = emulated.launched_blocks()
+    check_values(case, torch.float32)
+    assert emulated.launched_blocks() - before == 512 * 2 + 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_order_does_not_show_in_a_merge(dtype, emulated):
+    """More splits than there are warps and lanes to add them."""
+    q, k, v = (torch.randn(1, heads, n, 8).to(dtype) for heads, n in ((4, 1), (1, 4400), (1, 4400)))
+    lengths = torch.tensor([4231], dtype=torch.int32)
+    expected = F.attention(q, k, v, key_lengths=lengths, sinks=torch.ones(4), return_lse=True)
+    for seed in (1, 2, 3):
+        emulated.set_seed(seed)
+        actual = F.attention(q, k, v, key_lengths=lengths, sinks=torch.ones(4), return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    golden = reference.attention(*(t.double() for t in (q, k, v)), key_lengths=lengths, sinks=torch.ones(4).double())
+    same = reference.attention(q, k, v, key_lengths=lengths, sinks=torch.ones(4))
+    assert_close(expected[0], golden, same)
 
 
 def test_sum_over_many_that_share_a_bias(emulated):

@@ -100,6 +100,9 @@ def test_what_goes_to_the_portable_kernels(hopper):
     ):  # fmt: skip
         assert why(q, q, q, **options) == "operands"
     assert why(few, long, long) == "split"
+    one = torch.randn(1, 8, 1, 64).bfloat16()
+    assert why(one, long, long) == "split" and why(one, long, long, sinks=torch.ones(8)) == "split"
+    assert why(one, long, long, causal="lower_right", window=(200, -1)) is None
     for bad in (wide, wide[..., 1:], q.expand(3, -1, -1, -1)):
         assert why(bad, bad, bad) == "layout"
     assert why(q, q[:, :, :0], q[:, :, :0]) == "layout"

@@ -179,16 +179,23 @@ def _cuda_kernels(query, key, value, options):
 def hopper_refusals(operator, query, key, value, options):
     """For forward and backward (name, reason) for which a call does not go to the kernels for sm_90a, None: it does.
 
-    The operator is that of the device's backend; positions, lengths and sinks are no reason."""
+    The operator is that of the device's backend. Positions, lengths and sinks are no reason themselves; they have a
+    part in whether keys are split."""
     B, Hq, Sq, D = query.shape
     full = (B, Hq, Sq, key.shape[2])
     dropout_p = options.get("dropout_p", 0.0)
+    left, right = check.window_pair(options.get("window"))
     codes = operator(
         *(check.unit_stride(t) for t in (query, key, value)),
         bias=check.score_operand("bias", options.get("bias"), full),
         mask=check.score_operand("mask", options.get("mask"), full),
         alibi_slopes=check.alibi(options.get("alibi_slopes"), B, Hq, query.device),
+        sinks=check.sink_logits(options.get("sinks"), Hq, query.device),
+        key_lengths=check.lengths(options.get("key_lengths"), B, key.shape[2], query.device),
         dropout_seed=torch.zeros((), dtype=torch.int64, device=query.device) if dropout_p else None,
+        causal=check.causal_code(options.get("causal", False)),
+        window_left=left,
+        window_right=right,
         scale=check.scale_value(options.get("scale"), D),
         softcap=check.softcap_value(options.get("softcap", 0.0)),
         dropout_p=dropout_p,

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "../host/attention_arguments.h"
+#include "attention_few_queries.h"
 #include "attention_launch.h"
 #include "hopper/attention_choice.h"
 #include "runtime.h"
@@ -49,18 +50,6 @@ void check_sizes(const AttentionParams& p) {
   check(std::max(p.Sq, p.Sk) <= kMostPositions, "query, key: expected lengths up to ", kMostPositions, " on CUDA");
 }
 
-// Long keys and few queries, as in decoding, would keep a part of the GPU only: the keys are split, and the parts
-// merged in their order. Sizes alone decide, so the bits are the same on every GPU.
-void choose_splits(AttentionCall& call) {
-  constexpr int64_t kRows = 128, kFewBlocks = 128, kWantedBlocks = 256, kLeastKeys = 256, kUnit = 64;
-  const AttentionParams& p = call.p;
-  const int64_t blocks = p.B * p.Hq * ((p.Sq + kRows - 1) / kRows);
-  if (call.packed || blocks == 0 || blocks >= kFewBlocks || p.Sk < 2 * kLeastKeys) return;
-  const int64_t wanted = std::min((kWantedBlocks + blocks - 1) / blocks, p.Sk / kLeastKeys);
-  call.split_keys = ((p.Sk + wanted - 1) / wanted + kUnit - 1) / kUnit * kUnit;
-  call.splits = (p.Sk + call.split_keys - 1) / call.split_keys;
-}
-
 // What a forward call takes, without memory for its results.
 AttentionCall forward_call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
                            const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
@@ -78,7 +67,6 @@ AttentionCall forward_call(const Tensor& query, const Tensor& key, const Tensor&
   const bool one_row = query.size(0) <= 1 && p.Hq <= 1 && query.size(2) <= 1;
   const auto row_bytes = static_cast<int64_t>(element_bytes(query.scalar_type())) * p.Dv;
   call.aligned = aligned(p.q, query) && aligned(p.k, key) && aligned(p.v, value) && (one_row || row_bytes % 16 == 0);
-  choose_splits(call);
   return call;
 }
 
@@ -138,21 +126,24 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
   p.o = rows_of(out, p.cu_seqlens_q);
   set_lse(p, lse);
-  if (hopper_forward_refusal(call, on.device()) == HopperRefusal::none) {
-    check_launch(launch_hopper_forward(call, query, on), "attention forward for sm_90a");
+  AttentionCall launched = forward_launch(call);
+  if (hopper_forward_refusal(launched, on.device()) == HopperRefusal::none) {
+    check_launch(launch_hopper_forward(launched, query, on), "attention forward for sm_90a");
     return {out, lse};
   }
-  if (call.splits == 1) {
-    check_launch(launch_attention_forward(call, on.stream()), "attention forward");
+  if (launched.splits == 1) {
+    check_launch(launch_attention_forward(launched, on.stream()), "attention forward");
     return {out, lse};
   }
-  Tensor split_o = empty({call.splits, p.B, p.Hq, p.Sq, p.Dv}, accumulator_type(p.dtype), query);
-  Tensor split_lse = empty({call.splits, p.B, p.Hq, p.Sq}, accumulator_type(p.dtype), query);
-  call.split_o = split_o.mutable_data_ptr();
-  call.split_lse = split_lse.mutable_data_ptr();
-  call.split_stride[0] = p.B * p.Hq * p.Sq, call.split_stride[1] = p.Hq * p.Sq, call.split_stride[2] = p.Sq;
-  check_launch(launch_attention_forward(call, on.stream()), "attention forward, split keys");
-  check_launch(launch_attention_merge(call, on.stream()), "attention merge");
+  Tensor split_o = empty({launched.splits, p.B, p.Hq, p.Sq, p.Dv}, accumulator_type(p.dtype), query);
+  Tensor split_lse = empty({launched.splits, p.B, p.Hq, p.Sq}, accumulator_type(p.dtype), query);
+  launched.split_o = split_o.mutable_data_ptr();
+  launched.split_lse = split_lse.mutable_data_ptr();
+  launched.split_stride[0] = p.B * p.Hq * p.Sq, launched.split_stride[1] = p.Hq * p.Sq;
+  launched.split_stride[2] = launched.p.Sq;
+  check_launch(launch_attention_forward(launched, on.stream()), "attention forward, split keys");
+  launched.p = p;
+  check_launch(launch_attention_merge(launched, on.stream()), "attention merge");
   return {out, lse};
 }
 
@@ -167,7 +158,7 @@ std::tuple<int64_t, int64_t> attention_refusals(Tensor query, Tensor key, Tensor
   const AttentionCall call =
       forward_call(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k,
                    dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
-  return {static_cast<int64_t>(hopper_forward_refusal(call, on.device())),
+  return {static_cast<int64_t>(hopper_forward_refusal(forward_launch(call), on.device())),
           static_cast<int64_t>(hopper_backward_refusal(call, on.device()))};
 }
 

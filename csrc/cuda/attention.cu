@@ -9,42 +9,59 @@ namespace {
 // Batches in memory: packed sequences lie in one.
 TFORMER_DEVICE int64_t stored_batches(const AttentionCall& call) { return call.packed ? 1 : call.p.B; }
 
-// o and lse of a row out of those of its splits, in their order; a warp for each row.
+// o and lse of a row out of those of its splits; a block for each row. Each warp adds every kWarps-th split, so that
+// many are read at a time; the warps' sums are then added in order.
 template <class T>
 struct Merge {
   using R = Real<T>;
-  static constexpr int kThreads = 128;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kParts = kMostHeadDim / kWarp;
+  static constexpr size_t kSharedBytes = kWarps * kMostHeadDim * sizeof(R);
 
-  static TFORMER_DEVICE void run(const AttentionCall& call, char*) {
+  static TFORMER_DEVICE void run(const AttentionCall& call, char* shared) {
     const AttentionParams& p = call.p;
-    const int64_t row = block_index<0>() * (kThreads / kWarp) + warp();
-    if (row >= p.B * p.Hq * p.Sq) return;
+    const int64_t row = block_index<0>(), stride = call.split_stride[0];
     const int64_t b = row / (p.Hq * p.Sq), h = row / p.Sq % p.Hq, i = row % p.Sq;
     const R* lse = static_cast<const R*>(call.split_lse) + row;
-    R m = -kInfinity<R>, l = 0;
-    bool dead = true;
-    for (int64_t n = 0; n < call.splits; ++n) {
-      const R x = lse[n * call.split_stride[0]];
-      dead = dead && x == -kInfinity<R>;
+    const auto splits = static_cast<int>(call.splits);
+    R m = -kInfinity<R>, l = 0;  // as every warp finds them
+    bool alive = false;
+    for (int n = lane(); n < splits; n += kWarp) {
+      const R x = lse[n * stride];
+      alive = alive || x != -kInfinity<R>;
       m = maximum(m, x);
     }
+    alive = any(alive);
+    for (int step = kWarp / 2; step; step /= 2) m = maximum(m, shuffle_xor(m, step));
     if (p.sinks) m = maximum(m, sink_of<R>(p, h));
     if (m == -kInfinity<R>) m = 0;
-    for (int64_t n = 0; n < call.splits; ++n) l += exp(lse[n * call.split_stride[0]] - m);
+    for (int n = lane(); n < splits; n += kWarp) l += exp(lse[n * stride] - m);
+    for (int step = kWarp / 2; step; step /= 2) l += shuffle_xor(l, step);
     if (p.sinks) l += exp(sink_of<R>(p, h) - m);
-    T* o = row_at<T>(p.o, b, h, i);
-    for (int64_t d = lane(); d < p.Dv; d += kWarp) {
-      R sum = 0;
-      for (int64_t n = 0; n < call.splits; ++n) {
-        const R x = lse[n * call.split_stride[0]];
-        if (x == -kInfinity<R>) continue;
-        const R part = static_cast<const R*>(call.split_o)[(n * call.split_stride[0] + row) * p.Dv + d];
-        sum = fma(exp(x - m), part, sum);
+
+    const auto width = static_cast<int>(p.Dv);
+    const R* part = static_cast<const R*>(call.split_o) + (warp() * stride + row) * width + lane();
+    R sum[kParts] = {};
+#pragma unroll 4
+    for (int n = warp(); n < splits; n += kWarps, part += kWarps * stride * width) {
+      const R x = lse[n * stride], weight = exp(x - m);
+#pragma unroll
+      for (int c = 0; c < kParts; ++c) {
+        const R o = lane() + c * kWarp < width ? part[c * kWarp] : R(0);
+        sum[c] = x == -kInfinity<R> ? sum[c] : fma(weight, o, sum[c]);
       }
-      o[d] = narrow<T>(dead ? R(0) : sum / l);
     }
-    if (lane() == 0) {
-      static_cast<R*>(p.lse)[b * p.lse_stride[0] + h * p.lse_stride[1] + i] = dead ? -kInfinity<R> : m + log(l);
+    R* sums = reinterpret_cast<R*>(shared);
+#pragma unroll
+    for (int c = 0; c < kParts; ++c) sums[warp() * kMostHeadDim + c * kWarp + lane()] = sum[c];
+    sync_block();
+    T* o = row_at<T>(p.o, b, h, i);
+    for (int64_t d = thread_index(); d < p.Dv; d += kThreads) {
+      R total = 0;
+      for (int n = 0; n < kWarps; ++n) total += sums[n * kMostHeadDim + d];
+      o[d] = narrow<T>(alive ? total / l : R(0));
+    }
+    if (thread_index() == 0) {
+      static_cast<R*>(p.lse)[b * p.lse_stride[0] + h * p.lse_stride[1] + i] = alive ? m + log(l) : -kInfinity<R>;
     }
   }
 };
@@ -193,7 +210,7 @@ gpu::Status launch_attention_merge(const AttentionCall& call, gpu::Stream stream
   const int64_t rows = call.p.B * call.p.Hq * call.p.Sq;
   return gpu::for_dtype(call.p.dtype, [&](auto t) {
     using Kernel = gpu::Merge<typename decltype(t)::type>;
-    return gpu::launch<Kernel>({(rows + 3) / 4}, 0, stream, call);
+    return gpu::launch<Kernel>({rows}, Kernel::kSharedBytes, stream, call);
   });
 }
 

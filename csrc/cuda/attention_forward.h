@@ -43,7 +43,7 @@ struct AttentionForward {
   const int b, h, kv_head, split;
   const int i0, row0;      // first query of the block, of the warp
   int key_begin, key_end;  // what some query of the block sees
-  int all_begin, all_end;  // what every query of the warp sees
+  int all_begin, all_end;  // what every query of the warp sees; rows past the last one, zeros, may see anything
   const Scores<T, kPlain> scores;
   const QueryTile q;
   const KeyTile k, v;
@@ -82,15 +82,17 @@ struct AttentionForward {
       key_begin = larger(key_begin, split * static_cast<int>(call.split_keys));
       key_end = smaller(key_end, (split + 1) * static_cast<int>(call.split_keys));
     }
-    const int row1 = row0 + Shape::kWarpRows;
-    all_begin = larger(key_begin, scores.range.begin(row1 - 1));
-    all_end = row1 <= seq.Sq ? smaller(key_end, scores.range.end(row0)) : 0;
+    all_begin = larger(key_begin, scores.range.begin(row0 + Shape::kWarpRows - 1));
+    all_end = smaller(key_end, scores.range.end(row0));
   }
 
   TFORMER_DEVICE void load_keys(const Rows& rows, const KeyTile& tile, int key0, int64_t width) const {
     tile.template load<kThreads>(row_at<const T>(rows, b, kv_head, seq.k_begin + key0), rows.stride[2], seq.Sk - key0,
                                  static_cast<int>(width), kPlain || call.aligned);
   }
+
+  // A warp without rows, most of a block's where a query or two is decoded, only loads what others multiply.
+  TFORMER_DEVICE bool has_rows() const { return row0 < seq.Sq; }
 
   // Two buffers, one for keys, one for values: each is filled while the product with the other runs.
   TFORMER_DEVICE void attend() const {
@@ -116,11 +118,12 @@ struct AttentionForward {
       }
       R s[kLaneRows][kKeys / 4];
       clear(s);
-      P::multiply_rows(s, q, warp() * Shape::kWarpRows, k);
+      if (has_rows()) P::multiply_rows(s, q, warp() * Shape::kWarpRows, k);
       copy_async_wait<0>();
       sync_block();  // values are there, the keys are done with
       if (key0 + kKeys < key_end) load_keys(p.k, k, key0 + kKeys, p.D);
       copy_async_commit();
+      if (!has_rows()) continue;
       if constexpr (kPlain) {
         const ShownKeys<kKeys> shown(scores, key0);
         if (key0 < all_begin || key0 + kKeys > all_end || !shown.all()) {

@@ -81,6 +81,7 @@ std::mutex mutex;  // launches take turns
 std::string message;
 size_t most_shared_bytes = kMostSharedBytes;
 std::mt19937_64 random_order;
+int64_t launched = 0;  // blocks
 std::vector<std::unique_ptr<Thread>> pool;
 Block* block = nullptr;         // that of the running thread
 std::vector<Block*> residents;  // all that run at the time
@@ -294,6 +295,7 @@ Status run(Body body, const void* params, Grid grid, int threads, size_t shared_
   } else if (shared_bytes > most_shared_bytes) {
     message = "more shared memory than a block may have on this device";
   } else {
+    launched += grid.x * grid.y * grid.z;
     message = run_blocks(body, params, grid, threads, shared_bytes);
   }
   return message.empty() ? kSuccess : kFailed;
@@ -307,6 +309,11 @@ void set_most_shared_bytes(size_t bytes) {
 void set_seed(uint64_t seed) {
   const std::lock_guard<std::mutex> lock(mutex);
   random_order.seed(seed);
+}
+
+int64_t launched_blocks() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return launched;
 }
 
 const char* last_error() { return message.c_str(); }

@@ -42,6 +42,8 @@ Status run(Body body, const void* params, Grid grid, int threads, size_t shared_
 void set_most_shared_bytes(size_t bytes);
 // The order of the next launches.
 void set_seed(uint64_t seed);
+// Of all launches so far.
+int64_t launched_blocks();
 // Why the last launch of this process failed.
 const char* last_error();
 // kFailed, for that reason, before a launch.

@@ -42,6 +42,7 @@ class Emulation:
         self._library = ctypes.CDLL(str(path))
         self._library.tformer_emulation_error.restype = ctypes.c_char_p
         self._library.tformer_emulated_boxes.restype = ctypes.c_int64
+        self._library.tformer_emulated_blocks.restype = ctypes.c_int64
         self._library.tformer_take_guarded.restype = ctypes.c_void_p
 
     def set_seed(self, seed: int) -> None:
@@ -65,6 +66,10 @@ class Emulation:
     def moved_boxes(self) -> int:
         """Boxes that the emulated copy engine has moved: only kernels for sm_90a use it."""
         return self._library.tformer_emulated_boxes()
+
+    def launched_blocks(self) -> int:
+        """Blocks of all launches so far."""
+        return self._library.tformer_emulated_blocks()
 
     def guarded(self, t: torch.Tensor) -> torch.Tensor:
         """A copy that ends, within 16 bytes, at a page whose access ends the process: what reads past it is found."""

@@ -107,5 +107,8 @@ __attribute__((visibility("default"))) void tformer_set_emulated_device(int majo
 __attribute__((visibility("default"))) int64_t tformer_emulated_boxes() {
   return tformer::gpu::emulation::moved_boxes();
 }
+__attribute__((visibility("default"))) int64_t tformer_emulated_blocks() {
+  return tformer::gpu::emulation::launched_blocks();
+}
 
 }  // extern "C"
