@@ -10,8 +10,11 @@ from tformer_ext import reference
 from tformer_ext.reference.philox import keep_scale
 
 LAYER = FUNCTIONS["layer"]
-# (dtype, width): rows over several warps, over the whole block, kept forward only, and too wide to be kept.
+# (dtype, width): rows that fill the first group of threads or a warp, and a piece more, whole and not; rows over several
+# warps, over the whole block, kept forward only, and too wide to be kept.
 WIDE = [
+    (torch.bfloat16, 256), (torch.bfloat16, 264), (torch.bfloat16, 1032), (torch.bfloat16, 1025), (torch.float16, 1021),
+    (torch.float32, 260), (torch.float32, 1028), (torch.float32, 1027), (torch.float64, 130), (torch.float64, 129),
     (torch.bfloat16, 1536), (torch.bfloat16, 8192), (torch.bfloat16, 8200), (torch.bfloat16, 16500),
     (torch.float32, 4097), (torch.float32, 9000), (torch.float32, 17000), (torch.float64, 2500), (torch.float64, 8300),
 ]  # fmt: skip
@@ -91,23 +94,51 @@ def test_dtype_of_parameters(kernels, weight_dtype):
         torch.testing.assert_close(a.double(), e, rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [200, 201, 8200, 8205])  # whole pieces and not
 @pytest.mark.parametrize("p, seed", [(0.1, 7), (0.5, -1), (0.93, 2**62 - 1)])
-def test_dropout_mask_is_the_references(kernels, p, seed):
-    x = torch.ones(9, 201)
+def test_dropout_mask_is_the_references(kernels, dtype, width, p, seed):
+    x = torch.ones(3, width, dtype=dtype, requires_grad=True)
     _, h = F.residual_layer_norm(x, dropout_p=p, dropout_seed=seed, return_residual=True)
-    kept = reference.norm_dropout_mask(seed, 9, 201, p).to(h.device)
-    assert torch.equal(h != 0, kept)
-    torch.testing.assert_close(h[kept], torch.full_like(h[kept], keep_scale(p)))
+    (gradient,) = torch.autograd.grad(h, x, torch.ones_like(h))
+    kept = reference.norm_dropout_mask(seed, 3, width, p).to(h.device)
+    for t in (h.detach(), gradient):
+        assert torch.equal(t != 0, kept)
+        torch.testing.assert_close(t[kept], torch.full_like(t[kept], keep_scale(p)))
 
 
-def results(dtype, shape):
+def shifted(t):
+    """The same numbers, not at a multiple of 16 bytes."""
+    return None if t is None else t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["dropout returned", "residual in float32", "no weight", "alone"])
+def test_bits_do_not_depend_on_alignment(kernels, dtype, variant):
+    """Of rows of whole pieces, which are read a piece at a time where they are aligned."""
+    if dtype == torch.float64 and variant == "residual in float32":
+        pytest.skip("residual_dtype is for lower dtypes")
+    for shape in ((70, 8), (33, 64), (40, 256), (20, 264), (9, 1032), (3, 4104), (2, 8200), (2, 16400)):
+        tensors, options = inputs(shape, dtype, variant)
+        cotangents = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        expected = run(LAYER[0], tensors, options, cotangents)
+        leaves = [t if t is None else shifted(t).requires_grad_() for t in tensors]
+        outs = LAYER[0](*leaves, **options)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        wanted = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad(outs, wanted, [shifted(c.to(o.dtype)) for c, o in zip(cotangents, outs)])
+        for n, (a, b) in enumerate(zip((*outs, *grads), (*expected[0], *expected[1]), strict=True)):
+            assert torch.equal(a, b), f"{shape} result {n}"
+
+
+def results(dtype, shape, variant="dropout returned"):
     torch.manual_seed(3)
-    tensors, options = inputs(shape, dtype, "dropout returned")
+    tensors, options = inputs(shape, dtype, variant)
     outs, grads = run(LAYER[0], tensors, options, (torch.randn(shape), torch.randn(shape)))
     return [*outs, *grads]
 
 
-SHAPES = [(100, 72), (50, 1000), (20, 4100), (5, 17000)]
+SHAPES = [(100, 72), (50, 1000), (50, 1001), (20, 4100), (5, 17000)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -120,19 +151,21 @@ def test_bits_do_not_depend_on_the_order_of_threads(emulated, shape):
                 assert torch.equal(a, b), f"result {n} of {dtype} has a race"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_shared_memory(emulated, dtype):
+@pytest.mark.parametrize("dtype, kib", [(torch.float32, 99), (torch.bfloat16, 60)])
+@pytest.mark.parametrize("variant", ["dropout returned", "residual in float32", "residual"])
+def test_bits_do_not_depend_on_shared_memory(emulated, dtype, kib, variant):
     """A device with less of it fetches no row ahead."""
+    kib += 40 * (dtype == torch.bfloat16 and variant == "residual in float32")
     for shape in SHAPES:
-        expected = results(dtype, shape)
-        emulated.set_shared_bytes(70 << 10)
-        for a, b in zip(results(dtype, shape), expected, strict=True):
-            assert torch.equal(a, b)
         emulated.set_shared_bytes(163 << 10)
+        expected = results(dtype, shape, variant)
+        emulated.set_shared_bytes(kib << 10)
+        for a, b in zip(results(dtype, shape, variant), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 7), (5, 64), (2, 1001), (2, 8200)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (5, 64), (2, 1001), (2, 1032), (2, 8200)], ids=str)
 def test_nothing_past_the_inputs_is_read(emulated, dtype, shape):
     tensors, options = inputs(shape, dtype, "dropout returned")
     guarded = [emulated.guarded(t) for t in tensors]

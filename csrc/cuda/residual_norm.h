@@ -27,6 +27,7 @@ struct NormCall {
   // Set by the launch.
   int group;        // threads that share a row: a power of two
   bool keeps_rows;  // between them they hold all of it
+  bool whole;       // rows begin at multiples of 16 bytes, as do all vectors, and are whole pieces of 16 bytes
   int64_t blocks;   // backward, each has a row of partials
   int stages;       // backward: rows in shared memory, 2 where the next one is fetched ahead
 };

@@ -8,248 +8,225 @@
 namespace tformer {
 namespace {
 
-template <class T, class R>
-struct Quad {
-  Elements<T, kPiece<T>> dy[4];
-  Elements<R, kPiece<T>> h[4];
-};
-
-// What a thread has of the rows of dy and h it works on next is copied to shared memory in the background. Only the
-// thread itself looks at it, 16 bytes beside those of the next thread.
-template <class T, class R, int kThreads, int kQuads>
+// What a thread works on, copied to shared memory in the background: its pieces of dy and h of a row and, where there is
+// room, of the next one, and of the gradient of this row's sum. Only the thread itself looks at it, 16 bytes beside those
+// of the next thread.
+template <class T, class R, int kThreads>
 class Stages {
-  static constexpr int kE = kPiece<T>;
-  static constexpr int kOfH = kE * static_cast<int>(sizeof(R)) / 16, kOfPiece = 1 + kOfH;  // 16-byte parts
+  using Row = NormRow<T, R, NormRows::kWhole>;
+  static constexpr int kE = Row::kE, kStep = 16 * kThreads;
+  static constexpr int kOfR = kE * static_cast<int>(sizeof(R)) / 16;  // 16-byte parts of a piece of h
 
  public:
-  static constexpr size_t bytes_of_stage() { return size_t{16} * kThreads * kQuads * 4 * kOfPiece; }
+  static size_t bytes(const NormCall& c) {
+    const size_t of_stage = size_t{kStep} * Row::kPieces * (1 + kOfR);
+    return static_cast<size_t>(c.stages) * of_stage + (c.p.grad_sum ? size_t{kStep} * Row::kPieces * kOfR : 0);
+  }
 
-  TFORMER_DEVICE explicit Stages(char* shared) : mine_(shared + 16 * gpu::thread_index()) {}
+  TFORMER_DEVICE Stages(char* shared, const NormCall& c)
+      : mine_(shared + 16 * gpu::thread_index()), sums_(mine_ + c.stages * Row::kPieces * (1 + kOfR) * kStep) {}
 
-  TFORMER_DEVICE void fetch(const NormRow<T, R>& row, int stage) {
+  TFORMER_DEVICE void fetch(const Row& row, int stage) {
     const NormParams& p = row.c.p;
-    const Row<const T> dy(p.grad_y, row.i, p.grad_y_stride);
-    const Row<const R> h(p.saved, row.i, p.saved_stride);
-    row.template each_quad<kQuads>([&](int q, int k) {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int column = row.column_of(q) + 16 * w;
-        copy<T, 1>(dy, column, row.N, part(stage, k, w));
-        copy<R, kOfH>(h, column, row.N, part(stage, k, w) + kStep);
-      }
+    const T* dy = row.template of<T>(p.grad_y, p.grad_y_stride);
+    const R* h = row.template of<R>(p.saved, p.saved_stride);
+    row.each_piece([&](int column, int k) {
+      gpu::copy_async_16(at(stage, k), dy + column);
+      copy_parts(h + column, at(stage, k) + kStep);
     });
     gpu::copy_async_commit();
   }
 
-  TFORMER_DEVICE Quad<T, R> read(int stage, int k) const {
-    Quad<T, R> quad;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const char* from = part(stage, k, w);
-      quad.dy[w] = held<T, 1>(from);
-      quad.h[w] = held<R, kOfH>(from + kStep);
+  TFORMER_DEVICE void fetch_sum(const Row& row) {
+    const NormParams& p = row.c.p;
+    if (p.grad_sum) {
+      const R* sum = row.template of<R>(p.grad_sum, p.grad_sum_stride);
+      row.each_piece([&](int column, int k) { copy_parts(sum + column, sums_ + k * kOfR * kStep); });
     }
-    return quad;
+    gpu::copy_async_commit();
   }
+
+  TFORMER_DEVICE Elements<T, kE> dy(int stage, int k) const { return load_parts<T, kE>(at(stage, k)); }
+  TFORMER_DEVICE Elements<R, kE> h(int stage, int k) const { return load_parts<R, kE>(at(stage, k) + kStep, kStep); }
+  TFORMER_DEVICE Elements<R, kE> sum(int k) const { return load_parts<R, kE>(sums_ + k * kOfR * kStep, kStep); }
 
  private:
-  static constexpr int kStep = 16 * kThreads;
+  TFORMER_DEVICE char* at(int stage, int k) const { return mine_ + (stage * Row::kPieces + k) * (1 + kOfR) * kStep; }
 
-  TFORMER_DEVICE char* part(int stage, int k, int w) const {
-    return mine_ + ((stage * kQuads + k) * 4 + w) * kOfPiece * kStep;
-  }
-
-  template <class V, int kParts>
-  static TFORMER_DEVICE void copy(const Row<const V>& row, int column, int N, char* to) {
-    constexpr int kElements = 16 / static_cast<int>(sizeof(V));
+  static TFORMER_DEVICE void copy_parts(const R* from, char* to) {
 #pragma unroll
-    for (int n = 0; n < kParts; ++n) {
-      const int first = column + n * kElements, left = N - first;
-      if (row.aligned) {
-        const int count = left < 0 ? 0 : left < kElements ? left : kElements;
-        gpu::copy_async_16(to + n * kStep, row.data + (count ? first : 0), count * static_cast<int>(sizeof(V)));
-      } else {
-        const auto elements = load<V, kElements>(row.data, first, N, false);
-        gpu::Bits16Bytes bits;
-        __builtin_memcpy(&bits, &elements, sizeof bits);
-        gpu::store_16(to + n * kStep, bits);
-      }
-    }
+    for (int n = 0; n < kOfR; ++n) gpu::copy_async_16(to + n * kStep, from + n * (kE / kOfR));
   }
 
-  template <class V, int kParts>
-  static TFORMER_DEVICE Elements<V, kE> held(const char* from) {
-    Elements<V, kE> to;
-#pragma unroll
-    for (int n = 0; n < kParts; ++n) {
-      const gpu::Bits16Bytes bits = gpu::load_16(from + n * kStep);
-      __builtin_memcpy(&to.at[n * (kE / kParts)], &bits, sizeof bits);
-    }
-    return to;
-  }
-
-  char* mine_;
+  char *mine_, *sums_;
 };
 
-// kQuads: those that a thread has at most, with its share of the gradients of weight and bias in registers. 0: any
-// number, read twice, and the partials are left to NormPartial.
-template <class T, class R, int kBlockThreads, int kQuads>
+// Rows that are kept have their share of the gradients of weight and bias in registers. Of others the partials are left
+// to NormPartial.
+template <class T, class R, NormRows kRows>
 struct NormBackward {
   using Real = RealOf<T>;
-  static constexpr int kThreads = kBlockThreads, kMinimumBlocks = sizeof(T) == 2 ? 2 : 1;
-  static constexpr int kE = kPiece<T>;
-  static constexpr bool kReadsAgain = kQuads == 0;
-  static constexpr int kHeld = kReadsAgain ? 1 : kQuads;
+  static constexpr int kThreads = kNormThreads, kMinimumBlocks = sizeof(T) == 2 ? 2 : 1;
+  static constexpr bool kReadsAgain = kRows == NormRows::kAgain, kStaged = kRows == NormRows::kWhole;
+  using Row = NormRow<T, R, kRows>;
   using Sum = GroupSum<Real, kThreads>;
-  using Held = Stages<T, R, kThreads, kHeld>;
+  using Held = Stages<T, R, kThreads>;
+  static constexpr int kE = Row::kE, kPieces = Row::kPieces;
 
   struct Statistics {
     Real mean, rstd;
   };
 
-  static TFORMER_DEVICE Quad<T, R> read(const NormRow<T, R>& row, int q) {
+  static TFORMER_DEVICE Statistics statistics(const Row& row) {
     const NormParams& p = row.c.p;
-    const Row<const T> dy(p.grad_y, row.i, p.grad_y_stride);
-    const Row<const R> h(p.saved, row.i, p.saved_stride);
-    Quad<T, R> quad;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int column = row.column_of(q) + 16 * w;
-      quad.dy[w] = load<T, kE>(dy.data, column, row.N, dy.aligned);
-      quad.h[w] = load<R, kE>(h.data, column, row.N, h.aligned);
-    }
-    return quad;
+    if (row.i >= p.M) return {0, 0};
+    const auto *mean = static_cast<const Real*>(p.mean), *rstd = static_cast<const Real*>(p.rstd);
+    return {p.rms ? Real(0) : mean[row.i], rstd[row.i]};
   }
 
-  // sums += (g, g xhat), and act(w, e, dy, xhat); past the end of the row dy is 0, so that nothing is added.
+  struct Piece {
+    Elements<T, kE> dy;
+    Elements<R, kE> h;
+  };
+
+  // sums += (g, g xhat), and act(e, dy, xhat); past the end of the row dy is 0, so that nothing is added.
   template <class Act>
-  static TFORMER_DEVICE void add(const NormRow<T, R>& row, const Statistics& of, int q, const Quad<T, R>& quad,
-                                 Real (&sums)[2], Act&& act) {
-    const bool weighted = row.c.weight.data != nullptr;
+  static TFORMER_DEVICE void add(const Row& row, const Statistics& of, int column, const Piece& piece, Real (&sums)[2],
+                                 Act&& act) {
+    Real dy[kE], h[kE], weight[kE];
+    row.parameter(row.c.weight, column, 1, weight);
+    unpack(piece.dy, dy);
+    unpack(piece.h, h);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      Real weight[kE];
-      if (weighted) row.parameter(row.c.weight, row.column_of(q) + 16 * w, weight);
-#pragma unroll
-      for (int e = 0; e < kE; ++e) {
-        const Real dy = widen(quad.dy[w].at[e]), xhat = (widen(quad.h[w].at[e]) - of.mean) * of.rstd;
-        const Real g = weighted ? dy * weight[e] : dy;
-        sums[0] += g;
-        sums[1] += g * xhat;
-        act(w, e, dy, xhat);
-      }
+    for (int e = 0; e < kE; ++e) {
+      const Real xhat = (h[e] - of.mean) * of.rstd, g = dy[e] * weight[e];
+      sums[0] += g;
+      sums[1] = gpu::fma(g, xhat, sums[1]);
+      act(e, dy[e], xhat);
     }
   }
 
-  static TFORMER_DEVICE void write(const NormRow<T, R>& row, const Statistics& of, int q, const Quad<T, R>& quad,
-                                   Real mean_g, Real slope) {
+  // Where a row of gradients goes.
+  struct Gradients {
+    R* residual;
+    T* x;
+  };
+
+  // dsum(): the piece of the gradient of the sum.
+  template <class Get>
+  static TFORMER_DEVICE void write(const Row& row, const Statistics& of, int column, const Piece& piece, Real mean_g,
+                                   Real slope, const Gradients& to, Get&& dsum) {
     const NormParams& p = row.c.p;
-    const Row<const R> dsum(p.grad_sum, row.i, p.grad_sum_stride);
-    const Row<R> dresidual(p.grad_residual, row.i, p.N);
-    const Row<T> dx(p.grad_x, row.i, p.N);
-    const bool weighted = row.c.weight.data != nullptr;
-    Real dh[4][kE];
+    Real dh[kE], h[kE], weight[kE];
+    row.parameter(row.c.weight, column, 1, weight);
+    unpack(piece.dy, dh);
+    unpack(piece.h, h);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int column = row.column_of(q) + 16 * w;
-      Real weight[kE];
-      if (weighted) row.parameter(row.c.weight, column, weight);
-#pragma unroll
-      for (int e = 0; e < kE; ++e) {
-        const Real dy = widen(quad.dy[w].at[e]), g = weighted ? dy * weight[e] : dy;
-        dh[w][e] = (g - mean_g - (widen(quad.h[w].at[e]) - of.mean) * slope) * of.rstd;
-      }
-      if (dsum.data) {
-        const auto other = load<R, kE>(dsum.data, column, row.N, dsum.aligned);
-#pragma unroll
-        for (int e = 0; e < kE; ++e) dh[w][e] += widen(other.at[e]);
-      }
-      if (dresidual.data) store<R>(dresidual.data, column, row.N, dresidual.aligned, dh[w]);
+    for (int e = 0; e < kE; ++e) {
+      dh[e] = gpu::fma(of.mean - h[e], slope, gpu::fma(dh[e], weight[e], -mean_g)) * of.rstd;
     }
-    row.drop(q, dh);
+    if (p.grad_sum) {
+      Real other[kE];
+      unpack(dsum(), other);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) store<T>(dx.data, row.column_of(q) + 16 * w, row.N, dx.aligned, dh[w]);
+      for (int e = 0; e < kE; ++e) dh[e] += other[e];
+    }
+    if (p.grad_residual) row.write(to.residual, column, pack<R>(dh));
+    row.drop(column, dh);
+    row.write(to.x, column, pack<T>(dh));
   }
 
   static TFORMER_DEVICE void run(const NormCall& c, char* shared) {
     Sum group_sum(shared, c.group);
-    Held stages(shared + kStagesAt);
+    Held stages(shared + kStagesAt, c);
     const NormParams& p = c.p;
     const int64_t rows = kThreads / c.group, step = gpu::block_count<0>() * rows;
-    const int64_t mine = gpu::block_index<0>() * rows + gpu::thread_index() / c.group;
     const bool ahead = c.stages == 2;
-    Real dw[kHeld][4][kE] = {}, db[kHeld][4][kE] = {};
+    Real dw[kPieces][kE] = {}, db[kPieces][kE] = {};
     int stage = 0;
-    if (!kReadsAgain && ahead) stages.fetch(NormRow<T, R>(c, mine), 0);
+    Row row(c, kThreads);
+    if constexpr (kStaged) {
+      if (ahead) stages.fetch(row, 0);
+    }
+    Statistics of_next = statistics(row);
     // every thread takes as many turns, as all meet in the sums
     for (int64_t first = gpu::block_index<0>() * rows; first < p.M; first += step) {
-      const NormRow<T, R> row(c, first + gpu::thread_index() / c.group);
-      if constexpr (!kReadsAgain) {
-        if (ahead) {
-          stages.fetch(NormRow<T, R>(c, row.i + step), stage ^ 1);
-          gpu::copy_async_wait<1>();
-        } else {
-          stages.fetch(row, 0);
-          gpu::copy_async_wait<0>();
-        }
+      Row next = row;
+      next.move_to(row.i + step);
+      if constexpr (kStaged) {
+        // three groups of copies: what the sums need, what is written needs, the next row
+        if (!ahead) stages.fetch(row, 0);
+        stages.fetch_sum(row);
+        ahead ? stages.fetch(next, stage ^ 1) : gpu::copy_async_commit();
+        gpu::copy_async_wait<2>();
       }
-      Statistics of{0, 0};
-      if (row.i < p.M) {
-        of.rstd = static_cast<const Real*>(p.rstd)[row.i];
-        if (!p.rms) of.mean = static_cast<const Real*>(p.mean)[row.i];
-      }
+      const Statistics of = of_next;
+      of_next = statistics(next);
+      const auto piece = [&](int column, int k) {
+        if constexpr (kStaged) return Piece{stages.dy(stage, k), stages.h(stage, k)};
+        const T* dy = row.template of<T>(p.grad_y, p.grad_y_stride);
+        return Piece{row.read(dy, column), row.read(row.template of<R>(p.saved, p.saved_stride), column)};
+      };
       Real sums[2] = {0, 0};
-      row.template each_quad<kQuads>([&](int q, int k) {
-        const Quad<T, R> quad = kReadsAgain ? read(row, q) : stages.read(stage, k);
-        add(row, of, q, quad, sums, [&](int w, int e, Real dy, Real xhat) {
+      row.each_piece([&](int column, int k) {
+        add(row, of, column, piece(column, k), sums, [&](int e, Real dy, Real xhat) {
           if (kReadsAgain) return;
-          dw[k][w][e] += dy * xhat;
-          db[k][w][e] += dy;
+          dw[k][e] = gpu::fma(dy, xhat, dw[k][e]);
+          db[k][e] += dy;
         });
       });
       group_sum.add_up(sums);
       const Real mean_g = p.rms ? Real(0) : sums[0] / static_cast<Real>(row.N);
       const Real slope = of.rstd * (sums[1] / static_cast<Real>(row.N));
-      row.template each_quad<kQuads>(
-          [&](int q, int k) { write(row, of, q, kReadsAgain ? read(row, q) : stages.read(stage, k), mean_g, slope); });
+      if constexpr (kStaged) gpu::copy_async_wait<1>();
+      const Gradients to{row.template of<R>(p.grad_residual), row.template of<T>(p.grad_x)};
+      row.each_piece([&](int column, int k) {
+        write(row, of, column, piece(column, k), mean_g, slope, to, [&] {
+          if constexpr (kStaged) return stages.sum(k);
+          return row.read(row.template of<R>(p.grad_sum, p.grad_sum_stride), column);
+        });
+      });
       if (ahead) stage ^= 1;
+      row.move_to(row.i + step);
     }
-    if (kReadsAgain) return;
-    store_partial(c, static_cast<Real*>(p.partial_weight), dw, shared);
-    store_partial(c, static_cast<Real*>(p.partial_bias), db, shared);
+    if constexpr (!kReadsAgain) {
+      row.move_to(0);  // every group has shares, if only of 0
+      store_partial(row, static_cast<Real*>(p.partial_weight), dw, shared);
+      store_partial(row, static_cast<Real*>(p.partial_bias), db, shared);
+    }
   }
 
   static constexpr size_t kStagesAt = (Sum::kBytes + 127) / 128 * 128;
-  // Of a call whose rows are kept.
+
   static size_t shared_bytes(const NormCall& c) {
-    const size_t sums = c.group < kThreads ? static_cast<size_t>(c.p.N) * sizeof(Real) : 0;
-    return std::max(sums, kStagesAt + static_cast<size_t>(c.stages) * Held::bytes_of_stage());
+    const int64_t groups = kThreads / c.group;
+    const size_t shares = kReadsAgain || groups == 1 ? 0 : groups * pieces_of<T>(c.p.N) * kE * sizeof(Real);
+    return std::max(shares, kStaged ? kStagesAt + Held::bytes(c) : Sum::kBytes);
   }
 
-  // The block's row of partials: the groups' shares added one after the other.
-  static TFORMER_DEVICE void store_partial(const NormCall& c, Real* partial, const Real (&mine)[kHeld][4][kE],
+  // The block's row of partials: the groups' shares, of whole pieces, added in order.
+  static TFORMER_DEVICE void store_partial(const Row& row, Real* partial, const Real (&mine)[kPieces][kE],
                                            char* shared) {
     if (!partial) return;
-    auto* sums = reinterpret_cast<Real*>(shared);  // (N)
-    const int groups = kThreads / c.group, N = static_cast<int>(c.p.N);
-    Real* row = partial + gpu::block_index<0>() * c.p.N;
-    for (int turn = 0; turn < groups; ++turn) {
-      gpu::sync_block();
-      if (turn != gpu::thread_index() / c.group) continue;
+    const int groups = kThreads / row.c.group, width = row.pieces * kE;
+    Real* to = partial + gpu::block_index<0>() * row.c.p.N;
+    auto* shares = reinterpret_cast<Real*>(shared);  // (groups, width)
+    if (groups > 1) gpu::sync_block();
+    Real* share = shares + gpu::thread_index() / row.c.group * width;
+    row.each_piece([&](int column, int k) {
+      if (groups == 1) {
+        store<Real, kE>(to, column, row.N, row.whole(), pack<Real>(mine[k]));
+      } else {
 #pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        const int first = NormRow<T, R>::column_of(gpu::thread_index() % c.group + k * c.group);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-#pragma unroll
-          for (int e = 0; e < kE; ++e) {
-            const int column = first + 16 * w + e;
-            if (column >= N) continue;
-            const Real total = turn == 0 ? mine[k][w][e] : sums[column] + mine[k][w][e];
-            (turn == groups - 1 ? row : sums)[column] = total;
-          }
-        }
+        for (int e = 0; e < kE; ++e) share[column + e] = mine[k][e];
       }
+    });
+    if (groups == 1) return;
+    gpu::sync_block();
+    for (int column = gpu::thread_index(); column < row.N; column += kThreads) {
+      Real total = shares[column];
+      for (int g = 1; g < groups; ++g) total += shares[g * width + column];
+      to[column] = total;
     }
   }
 };
@@ -287,6 +264,7 @@ struct NormSum {
   static TFORMER_DEVICE double sum(const NormSums& p, int which, int64_t column) {
     const auto* partial = static_cast<const Real*>(p.partial[which]) + column;
     double total = 0;
+#pragma unroll 8  // as many loads on their way
     for (int64_t n = gpu::warp(); n < p.blocks; n += kWarps) total += static_cast<double>(partial[n * p.N]);
     return total;
   }
@@ -320,24 +298,28 @@ struct NormSum {
 
 template <class T, class R>
 void plan(NormCall& call, const NormDevice& device) {
-  const int quads = quads_of<T>(call.p.N);
-  call.group = 1;
-  while (call.group < kNormThreads && call.group * kKept<T> < quads) call.group *= 2;
-  call.keeps_rows = call.group * kKept<T> >= quads;
+  share_rows<T>(call, kNormThreads);
+  call.whole = whole_pieces<T, R>(call);
   const int64_t rows = kNormThreads / call.group;
   call.blocks = std::min<int64_t>((call.p.M + rows - 1) / rows, most_norm_partials(device));
-  using Keeping = NormBackward<T, R, kNormThreads, kKept<T>>;
   call.stages = 2;
-  if (Keeping::shared_bytes(call) > device.shared_bytes) call.stages = 1;
+  if (NormBackward<T, R, NormRows::kWhole>::shared_bytes(call) > device.shared_bytes) call.stages = 1;
+}
+
+template <class T, class R, NormRows kRows>
+gpu::Status launch_rows(const NormCall& call, gpu::Stream stream) {
+  using Kernel = NormBackward<T, R, kRows>;
+  return gpu::launch<Kernel>({call.blocks}, Kernel::shared_bytes(call), stream, call);
 }
 
 template <class T, class R>
 gpu::Status launch_backward(const NormCall& call, gpu::Stream stream) {
-  using Keeping = NormBackward<T, R, kNormThreads, kKept<T>>;
   using Partial = NormPartial<T, R>;
-  if (call.keeps_rows) return gpu::launch<Keeping>({call.blocks}, Keeping::shared_bytes(call), stream, call);
-  constexpr size_t kSums = GroupSum<RealOf<T>, kNormThreads>::kBytes;
-  const gpu::Status status = gpu::launch<NormBackward<T, R, kNormThreads, 0>>({call.blocks}, kSums, stream, call);
+  if (call.keeps_rows) {
+    return call.whole ? launch_rows<T, R, NormRows::kWhole>(call, stream)
+                      : launch_rows<T, R, NormRows::kAny>(call, stream);
+  }
+  const gpu::Status status = launch_rows<T, R, NormRows::kAgain>(call, stream);
   if (status != gpu::kSuccess || !(call.p.partial_weight || call.p.partial_bias)) return status;
   const int64_t strips = (call.p.N + Partial::kThreads - 1) / Partial::kThreads;
   return gpu::launch<Partial>({strips, call.blocks}, 0, stream, call);

@@ -1,13 +1,13 @@
 // What the kernels of the residual norms share: how a row is spread over threads, read, written and summed.
 //
-// A piece is what 16 bytes hold of x. A quad is the pieces at columns c, c + 16, c + 32, c + 48 of a block of 64: a
-// Philox counter serves two elements of each. Quad q of a row belongs to thread q % group of the threads
-// that share it. A thread keeps the quads it has in registers; where a row is too wide for that it reads them again for
-// each pass, which then come out of the cache.
+// A piece is what 16 bytes hold of x. Piece k of a thread is piece member + k * group of the row, so that what a warp
+// reads at a time is contiguous. A thread keeps its pieces of a row in registers, as they lie in memory; where a row is
+// too wide for that it reads them again for each pass, which then come out of the cache.
 #pragma once
 
 #include <gpu/device.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "dropout.h"
@@ -18,21 +18,26 @@ namespace tformer {
 template <class T>
 using RealOf = std::conditional_t<sizeof(T) == 8, double, float>;
 
+// Elements of a piece.
 template <class T>
 constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
-// Quads of a block of 64 columns.
 template <class T>
-constexpr int kQuadsOfBlock = 16 / kPiece<T>;
-template <class T>
-constexpr int quads_of(int64_t N) {
-  return static_cast<int>((N + kPhiloxBlock - 1) / kPhiloxBlock) * kQuadsOfBlock<T>;
+constexpr int pieces_of(int64_t N) {
+  return static_cast<int>((N + kPiece<T> - 1) / kPiece<T>);
 }
-// Quads that a thread keeps: 32 elements, 16 of double.
+// Pieces that a thread keeps: 32 elements, 16 of double.
 template <class T>
-constexpr int kKept = (sizeof(T) == 8 ? 16 : 32) / (4 * kPiece<T>);
+constexpr int kKept = (sizeof(T) == 8 ? 16 : 32) / kPiece<T>;
 
 // Threads of a block, for rows that this many threads can keep and for wider ones.
 constexpr int kNormThreads = 256, kNormWideThreads = 512;
+
+// What a kernel is compiled for.
+enum class NormRows {
+  kWhole,  // NormCall::whole: pieces are in the row or not, no element is looked at
+  kAny,    // any width and alignment, an element at a time
+  kAgain,  // too wide to be kept; whole or not
+};
 
 TFORMER_DEVICE float widen(float x) { return x; }
 TFORMER_DEVICE float widen(gpu::bf16 x) { return gpu::to_float(x); }
@@ -48,48 +53,77 @@ TFORMER_DEVICE V narrow(Real x) {
   }
 }
 
-// kCount elements as they lie in memory: half the registers of what they are computed in.
+// kCount elements as they lie in memory: of 16 bits, half the registers of what they are computed in.
 template <class V, int kCount>
 struct Elements {
   V at[kCount];
 };
 
-// The elements of a row from `column` on; those past the end are 0. aligned: rows begin at multiples of 16 bytes.
-template <class V, int kCount>
-TFORMER_DEVICE Elements<V, kCount> load(const V* row, int column, int N, bool aligned) {
-  constexpr int kAccess = 16 / static_cast<int>(sizeof(V));
-  Elements<V, kCount> to;
-  if constexpr (kCount % kAccess == 0) {
-    if (aligned && column + kCount <= N) {
+template <class V, int kCount, class Real>
+TFORMER_DEVICE void unpack(const Elements<V, kCount>& from, Real (&to)[kCount]) {
+  if constexpr (sizeof(V) == 2) {
 #pragma unroll
-      for (int k = 0; k < kCount; k += kAccess) {
-        const gpu::Bits16Bytes bits = gpu::load_16(row + column + k);
-        __builtin_memcpy(&to.at[k], &bits, sizeof bits);
-      }
-      return to;
+    for (int e = 0; e < kCount; e += 2) {
+      uint32_t two;
+      __builtin_memcpy(&two, &from.at[e], sizeof two);
+      gpu::unpack_two<V>(two, to[e], to[e + 1]);
     }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) to[e] = from.at[e];
   }
+}
+
+template <class V, int kCount, class Real>
+TFORMER_DEVICE Elements<V, kCount> pack(const Real (&from)[kCount]) {
+  Elements<V, kCount> to;
+  if constexpr (sizeof(V) == 2) {
+#pragma unroll
+    for (int e = 0; e < kCount; e += 2) {
+      const uint32_t two = gpu::pack_two<V>(from[e], from[e + 1]);
+      __builtin_memcpy(&to.at[e], &two, sizeof two);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) to.at[e] = from[e];
+  }
+  return to;
+}
+
+// What lies in 16-byte parts, `step` bytes from one to the next.
+template <class V, int kCount>
+TFORMER_DEVICE Elements<V, kCount> load_parts(const void* from, int step = 16) {
+  constexpr int kPart = 16 / static_cast<int>(sizeof(V));
+  Elements<V, kCount> to;
+#pragma unroll
+  for (int n = 0; n < kCount / kPart; ++n) {
+    const gpu::Bits16Bytes bits = gpu::load_16(static_cast<const char*>(from) + n * step);
+    __builtin_memcpy(&to.at[n * kPart], &bits, sizeof bits);
+  }
+  return to;
+}
+
+// The elements of a row from `column` on; those past the end are 0. whole: as NormCall::whole.
+template <class V, int kCount>
+TFORMER_DEVICE Elements<V, kCount> load(const V* row, int column, int N, bool whole) {
+  if (whole) return load_parts<V, kCount>(row + column);
+  Elements<V, kCount> to;
 #pragma unroll
   for (int e = 0; e < kCount; ++e) to.at[e] = column + e < N ? row[column + e] : V{};
   return to;
 }
 
-template <class V, int kCount, class Real>
-TFORMER_DEVICE void store(V* row, int column, int N, bool aligned, const Real (&x)[kCount]) {
-  constexpr int kAccess = 16 / static_cast<int>(sizeof(V));
-  Elements<V, kCount> from;
+template <class V, int kCount>
+TFORMER_DEVICE void store(V* row, int column, int N, bool whole, const Elements<V, kCount>& from) {
+  constexpr int kPart = 16 / static_cast<int>(sizeof(V));
+  if (whole) {
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) from.at[e] = narrow<V>(x[e]);
-  if constexpr (kCount % kAccess == 0) {
-    if (aligned && column + kCount <= N) {
-#pragma unroll
-      for (int k = 0; k < kCount; k += kAccess) {
-        gpu::Bits16Bytes bits;
-        __builtin_memcpy(&bits, &from.at[k], sizeof bits);
-        gpu::store_16(row + column + k, bits);
-      }
-      return;
+    for (int e = 0; e < kCount; e += kPart) {
+      gpu::Bits16Bytes bits;
+      __builtin_memcpy(&bits, &from.at[e], sizeof bits);
+      gpu::store_16_global(row + column + e, bits);
     }
+    return;
   }
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
@@ -97,89 +131,108 @@ TFORMER_DEVICE void store(V* row, int column, int N, bool aligned, const Real (&
   }
 }
 
-// Row i of an operand, or nothing.
-template <class V>
-struct Row {
-  V* data;
-  bool aligned;
-
-  template <class Base>
-  TFORMER_DEVICE Row(Base* base, int64_t i, int64_t stride)
-      : data(base ? static_cast<V*>(base) + i * stride : nullptr),
-        aligned(reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * static_cast<int64_t>(sizeof(V)) % 16 == 0) {}
-};
-
 // A row of the call as seen by one of the threads that share it. T: type of x and y. R: type of residual and sum.
-template <class T, class R>
+template <class T, class R, NormRows kRows>
 struct NormRow {
   using Real = RealOf<T>;
-  static constexpr int kE = kPiece<T>;
+  static constexpr int kE = kPiece<T>, kPieces = kRows == NormRows::kAgain ? 1 : kKept<T>;
 
   const NormCall& c;
-  int64_t i;   // the row
   int N;       // columns
-  int quads;   // of a row; 0 where there is no such row
   int member;  // of the group
+  int64_t i;   // the row
+  int pieces;  // of it; 0 where there is no such row
 
-  TFORMER_DEVICE NormRow(const NormCall& call, int64_t row)
-      : c(call),
-        i(row),
-        N(static_cast<int>(call.p.N)),
-        quads(row < call.p.M ? quads_of<T>(call.p.N) : 0),
-        member(gpu::thread_index() % call.group) {}
-
-  // The first column of quad q.
-  static TFORMER_DEVICE int column_of(int q) {
-    return q / kQuadsOfBlock<T> * static_cast<int>(kPhiloxBlock) + q % kQuadsOfBlock<T> * kE;
+  // The thread's first row.
+  TFORMER_DEVICE NormRow(const NormCall& call, int threads)
+      : c(call), N(static_cast<int>(call.p.N)), member(gpu::thread_index() % call.group) {
+    move_to(gpu::block_index<0>() * (threads / call.group) + gpu::thread_index() / call.group);
   }
 
-  // act(q, k) for the quads of this thread, which are at most kQuads (any number if that is 0); k counts them from 0,
-  // or is always 0.
-  template <int kQuads, class Act>
-  TFORMER_DEVICE void each_quad(Act&& act) const {
-    if constexpr (kQuads == 0) {
-      for (int q = member; q < quads; q += c.group) act(q, 0);
+  TFORMER_DEVICE void move_to(int64_t row) {
+    gpu::forget(member);  // else the columns of all pieces, and all that comes of them, are kept from row to row
+    i = row;
+    pieces = row < c.p.M ? pieces_of<T>(N) : 0;
+  }
+
+  TFORMER_DEVICE bool whole() const { return kRows == NormRows::kWhole || (kRows == NormRows::kAgain && c.whole); }
+
+  // act(column, k) for the pieces of this thread; k counts them from 0, or is always 0 where they are not kept.
+  template <class Act>
+  TFORMER_DEVICE void each_piece(Act&& act) const {
+    if constexpr (kRows == NormRows::kAgain) {
+      for (int n = member; n < pieces; n += c.group) act(n * kE, 0);
     } else {
 #pragma unroll
-      for (int k = 0; k < kQuads; ++k) {
-        const int q = member + k * c.group;
-        if (q < quads) act(q, k);
+      for (int k = 0; k < kPieces; ++k) {
+        const int n = member + k * c.group;
+        if (n < pieces) act(n * kE, k);
       }
     }
   }
 
-  // Multiplies by what dropout leaves of quad q.
-  TFORMER_DEVICE void drop(int q, Real (&x)[4][kE]) const {
+  // act(e) for the elements of the piece at `column` that are in the row.
+  template <class Act>
+  TFORMER_DEVICE void each_element(int column, Act&& act) const {
+#pragma unroll
+    for (int e = 0; e < kE; ++e) {
+      if (whole() || column + e < N) act(e);
+    }
+  }
+
+  // This row of a matrix, and pieces of it.
+  template <class V>
+  TFORMER_DEVICE const V* of(const void* matrix, int64_t stride) const {
+    const V* row = static_cast<const V*>(matrix) + i * stride;
+    gpu::forget(row);  // else its product is made anew for each piece
+    return row;
+  }
+  template <class V>
+  TFORMER_DEVICE V* of(void* matrix) const {
+    V* row = static_cast<V*>(matrix) + i * c.p.N;
+    gpu::forget(row);
+    return row;
+  }
+  template <class V>
+  TFORMER_DEVICE Elements<V, kE> read(const V* row, int column) const {
+    return load<V, kE>(row, column, N, whole());
+  }
+  template <class V>
+  TFORMER_DEVICE void write(V* row, int column, const Elements<V, kE>& piece) const {
+    store<V, kE>(row, column, N, whole(), piece);
+  }
+
+  // The piece at `column` of weight or bias, or `otherwise` where there is none.
+  TFORMER_DEVICE void parameter(const NormVector& vector, int column, Real otherwise, Real (&to)[kE]) const {
+    if (!vector.data) {
+#pragma unroll
+      for (int e = 0; e < kE; ++e) to[e] = otherwise;
+    } else if (vector.dtype == c.p.dtype) {
+      unpack(load<T, kE>(static_cast<const T*>(vector.data), column, N, whole()), to);
+    } else {
+      unpack(load<Real, kE>(static_cast<const Real*>(vector.data), column, N, whole()), to);
+    }
+  }
+
+  // Multiplies by what dropout leaves of the piece at `column`. Its positions are in one group of 16 of their block of
+  // 64, which tells the pair of words and the half that are theirs in each of its counters: philox.h.
+  TFORMER_DEVICE void drop(int column, Real (&x)[kE]) const {
     if (!c.dropout.seed) return;
-    const auto seed = static_cast<uint64_t>(*c.dropout.seed);
+    constexpr auto kBlock = static_cast<uint32_t>(kPhiloxBlock);
+    const auto block = static_cast<uint32_t>(column) / kBlock, position = static_cast<uint32_t>(column) % kBlock;
+    const uint32_t first = block * kPhiloxCounters + position % 16 / 2;
+    const uint32_t shift = position / 16 % 2 * 16;
+    const auto seed = static_cast<uint64_t>(*c.dropout.seed);  // here: registers are dearer than the cache
     const Real scale = static_cast<Real>(c.dropout.scale);
-    const auto first = static_cast<uint32_t>(q * (kE / 2));  // a counter for each two columns of a piece
 #pragma unroll
     for (int e = 0; e < kE; e += 2) {
       const PhiloxWords random = philox(first + static_cast<uint32_t>(e / 2), static_cast<uint32_t>(i),
                                         static_cast<uint32_t>(i >> 32), kPhiloxNormStream, seed);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          x[n][e + odd] *= random.number(n, odd) < c.dropout.drop_below ? Real(0) : scale;
-        }
+      for (int odd = 0; odd < 2; ++odd) {
+        const uint32_t word = position < 32 ? random.word[odd] : random.word[2 + odd];
+        x[e + odd] *= (word >> shift & 0xFFFF) < c.dropout.drop_below ? Real(0) : scale;
       }
-    }
-  }
-
-  // Piece of weight or bias at `column`.
-  TFORMER_DEVICE void parameter(const NormVector& vector, int column, Real (&to)[kE]) const {
-    if (vector.dtype == c.p.dtype) {
-      const Row<const T> row(vector.data, 0, 0);
-      const auto x = load<T, kE>(row.data, column, N, row.aligned);
-#pragma unroll
-      for (int e = 0; e < kE; ++e) to[e] = widen(x.at[e]);
-    } else {
-      const Row<const Real> row(vector.data, 0, 0);
-      const auto x = load<Real, kE>(row.data, column, N, row.aligned);
-#pragma unroll
-      for (int e = 0; e < kE; ++e) to[e] = x.at[e];
     }
   }
 };
@@ -193,7 +246,11 @@ class GroupSum {
  public:
   static constexpr size_t kBytes = 2 * kMost * kWarps * sizeof(Real);
 
-  TFORMER_DEVICE GroupSum(char* shared, int group) : of_warps_(reinterpret_cast<Real*>(shared)), group_(group) {}
+  TFORMER_DEVICE GroupSum(char* shared, int group)
+      : of_warps_(reinterpret_cast<Real*>(shared)),
+        group_(group),
+        warps_(group / gpu::kWarp),
+        first_warp_(warps_ ? gpu::warp() / warps_ * warps_ : 0) {}
 
   template <int kCount>
   TFORMER_DEVICE void add_up(Real (&x)[kCount]) {
@@ -210,18 +267,44 @@ class GroupSum {
       for (int n = 0; n < kCount; ++n) of_warps[gpu::warp() * kCount + n] = x[n];
     }
     gpu::sync_block();
-    const int warps = group_ / gpu::kWarp, first = gpu::warp() / warps * warps;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      x[n] = of_warps[first * kCount + n];
-      for (int w = 1; w < warps; ++w) x[n] += of_warps[(first + w) * kCount + n];
+      x[n] = of_warps[first_warp_ * kCount + n];
+      for (int w = 1; w < warps_; ++w) x[n] += of_warps[(first_warp_ + w) * kCount + n];
     }
   }
 
  private:
   Real* of_warps_;
-  int group_, turn_ = 0;
+  int group_, warps_, first_warp_, turn_ = 0;
 };
+
+// Spreads rows over groups of at most `most` threads.
+template <class T>
+void share_rows(NormCall& call, int most) {
+  constexpr int kLine = 8;  // pieces of a cache line: a group reads all of it at a time
+  const int pieces = pieces_of<T>(call.p.N);
+  call.group = 1;
+  while (call.group < most && (call.group * kKept<T> < pieces || call.group < std::min(kLine, pieces))) call.group *= 2;
+  call.keeps_rows = call.group * kKept<T> >= pieces;
+}
+
+template <class T, class R>
+bool whole_pieces(const NormCall& call) {
+  const NormParams& p = call.p;
+  bool whole = p.N % kPiece<T> == 0;
+  for (const void* pointer : {p.x, p.residual, call.weight.data, call.bias.data, p.saved, p.grad_y, p.grad_sum}) {
+    whole = whole && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  }
+  for (const void* pointer : {p.y, p.sum, p.grad_x, p.grad_residual, p.partial_weight, p.partial_bias}) {
+    whole = whole && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  }
+  for (int64_t stride : {p.x_stride, p.grad_y_stride}) whole = whole && stride % kPiece<T> == 0;
+  for (int64_t stride : {p.residual_stride, p.saved_stride, p.grad_sum_stride}) {
+    whole = whole && stride % kPiece<R> == 0;
+  }
+  return whole;
+}
 
 // Runs launch<T, R>() for the dtypes of the call.
 template <class Launch>

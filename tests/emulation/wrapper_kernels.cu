@@ -119,7 +119,9 @@ struct BlockSum {
 struct Numbers {
   static constexpr int kThreads = 64;
   static TFORMER_DEVICE void run(const Buffers& p, char*) {
-    const int64_t i = block_index<0>() * kThreads + thread_index();
+    int thread = thread_index();
+    forget(thread);
+    const int64_t i = block_index<0>() * kThreads + thread;
     if (i >= p.n) return;
     const float x = in<float>(p)[i];
     float low, high, *to = out<float>(p) + i;
@@ -141,7 +143,9 @@ struct PartialCopies {
     if (lane() <= 16) copy_async_16(shared + 16 * lane(), in<char>(p) + 16 * lane(), lane());
     copy_async_commit();
     copy_async_wait<0>();
-    if (lane() <= 16) store_16(out<char>(p) + 16 * lane(), load_16(shared + 16 * lane()));
+    if (lane() > 16) return;
+    const Bits16Bytes bits = load_16(shared + 16 * lane());
+    lane() % 2 ? store_16(out<char>(p) + 16 * lane(), bits) : store_16_global(out<char>(p) + 16 * lane(), bits);
   }
 };
 

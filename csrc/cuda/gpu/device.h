@@ -30,6 +30,15 @@ TFORMER_DEVICE int64_t block_count() {
   return kDim == 0 ? gridDim.x : kDim == 1 ? gridDim.y : gridDim.z;
 }
 
+// The compiler no longer knows x: it computes anew what depends on x, where it would keep that in registers.
+TFORMER_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+// x points to global memory.
+template <class T>
+TFORMER_DEVICE void forget(T*& x) {
+  asm volatile("" : "+l"(x));
+  __builtin_assume(__isGlobal(x));
+}
+
 // ---- Barriers. What one thread wrote to shared memory before, the others see after. ----
 
 // All threads of the block, at the same place of the source.
@@ -70,6 +79,12 @@ TFORMER_DEVICE Bits16Bytes load_16(const void* from) {
 }
 TFORMER_DEVICE void store_16(void* to, const Bits16Bytes& v) {
   *static_cast<uint4*>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+// To global memory in one access, whatever the compiler knows of the words: it takes some of store_16 apart.
+TFORMER_DEVICE void store_16_global(void* to, const Bits16Bytes& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 // Global memory that is used once: it leaves the caches to the rest.
 TFORMER_DEVICE Bits16Bytes load_16_streaming(const void* from) {

@@ -32,6 +32,10 @@ int64_t block_count() {
   return emulation::running.blocks[kDim];
 }
 
+inline void forget(int&) {}
+template <class T>
+void forget(T*&) {}
+
 // ---- Barriers. ----
 
 inline void sync_block(TFORMER_SITE) { emulation::meet_block({"sync_block", file, line}, 0, 0); }
@@ -105,6 +109,10 @@ inline Bits16Bytes load_16(const void* from, TFORMER_SITE) {
 }
 inline void store_16(void* to, const Bits16Bytes& v, TFORMER_SITE) {
   emulation::check_aligned({"store_16", file, line}, to, 16);
+  std::memcpy(to, &v, sizeof v);
+}
+inline void store_16_global(void* to, const Bits16Bytes& v, TFORMER_SITE) {
+  emulation::check_aligned({"store_16_global", file, line}, to, 16);
   std::memcpy(to, &v, sizeof v);
 }
 inline Bits16Bytes load_16_streaming(const void* from, TFORMER_SITE) {
