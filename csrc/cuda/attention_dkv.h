@@ -146,17 +146,19 @@ struct AttentionKeyGradients {
     const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
     const bool all_visible = scores.all_visible(i0, i0 + kQueries, row0, row0 + kWarpRows);
     if constexpr (kPlain) {
-      bool shown[kLaneRows], all_shown = true;
+      if (p.mask.data) {
 #pragma unroll
-      for (int r = 0; r < kLaneRows; ++r) {
-        const int j = row0 + P::row(r);
-        shown[r] = j >= seq.Sk || scores.shows_key(j);
-        all_shown = all_shown && shown[r];
+        for (int r = 0; r < kLaneRows; ++r) {
+          const int j = row0 + P::row(r);
+          if (j >= seq.Sk || scores.shows_key(j)) continue;
+#pragma unroll
+          for (int c = 0; c < kQueries / 4; ++c) s[r][c] = -kInfinity<R>;
+        }
       }
-      if (all_visible && !any(!all_shown)) {
-        differentiate_plain<false>(from, scores, i0, shown, s, dp);
+      if (all_visible) {
+        differentiate_plain<false>(from, scores, i0, s, dp);
       } else {
-        differentiate_plain<true>(from, scores, i0, shown, s, dp);
+        differentiate_plain<true>(from, scores, i0, s, dp);
       }
     } else {
       scores.for_operands([&](auto operands) {
@@ -167,11 +169,10 @@ struct AttentionKeyGradients {
     if (kKeys) P::multiply_down(dk, dp, from.q);
   }
 
-  // s becomes weights, dp ds. kSome: only some of the pairs are visible; shown: keys, by a mask.
+  // s becomes weights, dp ds. kSome: only some of the pairs are visible.
   template <bool kSome>
   TFORMER_DEVICE void differentiate_plain(const Stage& from, const Scores<T, kPlain>& scores, int i0,
-                                          const bool (&shown)[kLaneRows], R (&s)[kLaneRows][kQueries / 4],
-                                          R (&dp)[kLaneRows][kQueries / 4]) const {
+                                          R (&s)[kLaneRows][kQueries / 4], R (&dp)[kLaneRows][kQueries / 4]) const {
 #pragma unroll
     for (int c = 0; c < kQueries / 4; ++c) {
       const int n = P::column(c), i = i0 + n;
@@ -181,7 +182,7 @@ struct AttentionKeyGradients {
 #pragma unroll
       for (int r = 0; r < kLaneRows; ++r) {
         const int j = P::row(r);
-        const bool visible = !kSome || (j >= begin && j < end && shown[r]);
+        const bool visible = !kSome || (j >= begin && j < end);
         const auto g = differentiate(scores, s[r][c], dp[r][c], lse, delta, visible);
         s[r][c] = g.p;
         dp[r][c] = g.ds;

@@ -141,11 +141,11 @@ struct AttentionQueryGradients {
     P::multiply_rows(dp, grad_o, warp() * kWarpRows, from.v);
     const bool all_visible = scores.all_visible(row0, row0 + kWarpRows, key0, key0 + kKeys);
     if constexpr (kPlain) {
-      const ShownKeys<kKeys> shown(scores, key0);
-      if (all_visible && shown.all()) {
-        differentiate_plain<false>(key0, lse, delta, s, dp, shown);
+      hide_keys<P>(scores, s, key0);
+      if (all_visible) {
+        differentiate_plain<false>(key0, lse, delta, s, dp);
       } else {
-        differentiate_plain<true>(key0, lse, delta, s, dp, shown.from(P::first_column()));
+        differentiate_plain<true>(key0, lse, delta, s, dp);
       }
     } else {
       scores.for_operands([&](auto operands) {
@@ -158,8 +158,7 @@ struct AttentionQueryGradients {
   // dp becomes ds. kSome: only some of the pairs are visible.
   template <bool kSome>
   TFORMER_DEVICE void differentiate_plain(int key0, const R (&lse)[kLaneRows], const R (&delta)[kLaneRows],
-                                          const R (&s)[kLaneRows][kKeys / 4], R (&dp)[kLaneRows][kKeys / 4],
-                                          const ShownKeys<kKeys>& shown) const {
+                                          const R (&s)[kLaneRows][kKeys / 4], R (&dp)[kLaneRows][kKeys / 4]) const {
     const auto range = scores.range.from_key(key0 + P::first_column());
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
@@ -168,7 +167,7 @@ struct AttentionQueryGradients {
 #pragma unroll
       for (int c = 0; c < kKeys / 4; ++c) {
         const int j = P::column_offset(c);
-        const bool visible = !kSome || (j >= begin && j < end && shown.bit(j));
+        const bool visible = !kSome || (j >= begin && j < end);
         dp[r][c] = differentiate(scores, s[r][c], dp[r][c], lse[r], delta[r], visible).ds;
       }
     }

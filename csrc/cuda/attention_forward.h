@@ -125,14 +125,10 @@ struct AttentionForward {
       if (key0 + kKeys < key_end) load_keys(p.k, k, key0 + kKeys, p.D);
       copy_async_commit();
       if (!has_rows()) continue;
-      if constexpr (kPlain) {
-        const ShownKeys<kKeys> shown(scores, key0);
-        if (key0 < all_begin || key0 + kKeys > all_end || !shown.all()) {
-          finish_scores<P>(scores, s, b, row0, key0, key_begin, key_end, shown.from(P::first_column()));
-        }
-      } else {
-        finish_scores<P>(scores, s, b, row0, key0, key_begin, key_end, nullptr);
+      if (!kPlain || key0 < all_begin || key0 + kKeys > all_end) {
+        finish_scores<P>(scores, s, b, row0, key0, key_begin, key_end);
       }
+      if constexpr (kPlain) hide_keys<P>(scores, s, key0);
       softmax.update(scores, s, o);
       drop(s, key0);
       P::multiply_down(o, s, v);

@@ -177,44 +177,33 @@ TFORMER_DEVICE R sink_of(const AttentionParams& p, int64_t h) {
   return read_element<R>(p.sinks, p.sinks_dtype, h);
 }
 
-// What a mask by keys says of kKeys keys from key0 on, a bit each. By whole warps.
-template <int kKeys>
-struct ShownKeys {
-  static constexpr int kWords = (kKeys + kWarp - 1) / kWarp;
-  uint32_t word[kWords];
-
-  template <class T>
-  TFORMER_DEVICE ShownKeys(const Scores<T, true>& scores, int key0) {
+// A mask by keys, where there is one: scores of the keys that it hides, kC * 4 of them from key0 on, become -inf.
+template <class P, class T, int kLaneRows, int kC>
+TFORMER_DEVICE void hide_keys(const Scores<T, true>& scores, float (&s)[kLaneRows][kC], int key0) {
+  if (!scores.p.mask.data) return;
+  constexpr int kKeys = 4 * kC;
 #pragma unroll
-    for (int n = 0; n < kWords; ++n) {
-      word[n] = ~uint32_t{0};
-      if (!scores.p.mask.data) continue;
-      const int k = n * kWarp + lane(), j = key0 + k;
-      word[n] = ballot(k >= kKeys || j >= scores.range.Sk || scores.shows_key(j));
+  for (int first = 0; first < kKeys; first += kWarp) {  // a lane asks for a key
+    const int j = key0 + first + lane();
+    const uint32_t shown = ballot(first + lane() >= kKeys || j >= scores.range.Sk || scores.shows_key(j));
+    if (shown == ~uint32_t{0}) continue;
+    const uint32_t of_lane = shown >> P::first_column();  // which is less than 8
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      const int offset = P::column_offset(c) - first;
+      if (offset < 0 || offset >= kWarp) continue;
+#pragma unroll
+      for (int r = 0; r < kLaneRows; ++r) s[r][c] = of_lane >> offset & 1 ? s[r][c] : -kInfinity<float>;
     }
   }
-  TFORMER_DEVICE bool all() const {
-    uint32_t both = word[0];
-#pragma unroll
-    for (int n = 1; n < kWords; ++n) both &= word[n];
-    return both == ~uint32_t{0};
-  }
-  // Of the lane's columns, whose first one is key0 + first < 8: bit(offset) is that of key0 + first + offset.
-  TFORMER_DEVICE ShownKeys from(int first) const {
-    ShownKeys shifted = *this;
-#pragma unroll
-    for (int n = 0; n < kWords; ++n) shifted.word[n] >>= first;
-    return shifted;
-  }
-  TFORMER_DEVICE bool bit(int offset) const { return word[offset / kWarp] >> offset % kWarp & 1; }
-};
+}
 
 // Scores of rows row0 and after become final: -inf where query and key do not meet, by position or by an operand. Keys
-// from key0 on; only those of [key_begin, key_end) count. P: how products spread rows and columns over lanes. shown: of
-// plain scores, a ShownKeys.
-template <class P, class T, bool kPlain, int kLaneRows, int kC, class Shown>
+// from key0 on; only those of [key_begin, key_end) count. P: how products spread rows and columns over lanes. A mask by
+// keys of plain scores is hide_keys' affair.
+template <class P, class T, bool kPlain, int kLaneRows, int kC>
 TFORMER_DEVICE void finish_scores(const Scores<T, kPlain>& scores, Real<T> (&s)[kLaneRows][kC], int b, int row0,
-                                  int key0, int key_begin, int key_end, const Shown& shown) {
+                                  int key0, int key_begin, int key_end) {
   using R = Real<T>;
   const int lane_key0 = key0 + P::first_column();
   // made anew, since most tiles do without: registers are short
@@ -234,7 +223,7 @@ TFORMER_DEVICE void finish_scores(const Scores<T, kPlain>& scores, Real<T> (&s)[
     }
   };
   if constexpr (kPlain) {
-    for_pairs([&](int r, int c, int, int j, bool meet) { s[r][c] = meet && shown.bit(j) ? s[r][c] : -kInfinity<R>; });
+    for_pairs([&](int r, int c, int, int, bool meet) { s[r][c] = meet ? s[r][c] : -kInfinity<R>; });
   } else {
     scores.for_operands([&](auto operands) {
       for_pairs([&](int r, int c, int i, int j, bool meet) {

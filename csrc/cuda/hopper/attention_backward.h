@@ -95,7 +95,11 @@ struct HopperBackward {
     if (!there) return;
     const int job_b = static_cast<int>(b), tile = static_cast<int>(work.tile);
     const Scores<T, true> scores(p, sequence_of(p, job_b), job_b, 0);  // heads share a mask
-    const ShownKeys<kKeys> shown(scores, tile * kKeys);
+    uint32_t shown[kKeys / kWarp];
+    for (int n = 0; n < kKeys / kWarp; ++n) {
+      const int j = tile * kKeys + n * kWarp + lane();
+      shown[n] = ballot(j >= scores.range.Sk || scores.shows_key(j));
+    }
     if (lane() != 0) return;
     *at.job = HopperKeyTile(p, job_b, static_cast<int>(h), tile, kKeys, kQueries, shown);
     mbarrier_init(&at.kv->full, 2);

@@ -43,7 +43,7 @@ struct HopperKeyTile {
   uint32_t shown[4];             // what a mask by keys says of each
 
   TFORMER_DEVICE HopperKeyTile(const AttentionParams& p, int b_, int kv_head_, int tile_, int keys, int queries,
-                               const ShownKeys<128>& mask)
+                               const uint32_t (&mask)[4])
       : b(b_), kv_head(kv_head_), group_size(static_cast<int>(p.Hq / p.Hk)), tile(tile_), j0(tile_ * keys) {
     const Positions seq(sequence_of(p, b));
     q_begin = seq.q_begin, k_begin = seq.k_begin, Sq = seq.Sq, Sk = seq.Sk;
@@ -52,8 +52,9 @@ struct HopperKeyTile {
     const int end = j0 < j1 ? seen.query_end(j1 - 1, Sq) : 0;
     first_tile = begin / queries;
     tiles = end > begin ? (end + queries - 1) / queries - first_tile : 0;
-    all_begin = seen.query_begin(j0 + keys - 1), all_end = j0 + keys <= Sk && mask.all() ? seen.query_end(j0, Sq) : 0;
-    for (int n = 0; n < 4; ++n) shown[n] = mask.word[n];
+    all_begin = seen.query_begin(j0 + keys - 1),
+    all_end = j0 + keys <= Sk && (mask[0] & mask[1] & mask[2] & mask[3]) == ~uint32_t{0} ? seen.query_end(j0, Sq) : 0;
+    for (int n = 0; n < 4; ++n) shown[n] = mask[n];
   }
   TFORMER_DEVICE Sequence sequence() const { return {q_begin, k_begin, Sq, Sk}; }
   TFORMER_DEVICE KeyRangeOf<int> range(const AttentionParams& p) const { return {p, sequence()}; }

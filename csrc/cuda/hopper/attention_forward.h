@@ -218,11 +218,11 @@ struct HopperForward {
 
     const auto weigh = [&](int n) {  // scores of tile n become weights
       const int key0 = tile.first_key0 + n * kKeys;
-      const ShownKeys<kKeys> shown(scores, key0);
-      if (key0 < all_begin || key0 + kKeys > all_end || !shown.all()) {
+      if (key0 < all_begin || key0 + kKeys > all_end) {
         const Scores<T, true> anew(p, sequence_of(p, tile.b), tile.b, tile.h);
-        finish_scores<P>(anew, s, tile.b, first_row(tile), key0, 0, anew.range.Sk, shown.from(P::first_column()));
+        finish_scores<P>(anew, s, tile.b, first_row(tile), key0, 0, anew.range.Sk);
       }
+      hide_keys<P>(scores, s, key0);
       return any(softmax.weigh(scores, s, rescale));
     };
 
