@@ -8,9 +8,10 @@
 namespace tformer {
 namespace {
 
-// What a thread works on, copied to shared memory in the background: its pieces of dy and h of a row and, where there is
-// room, of the next one, and of the gradient of this row's sum. Only the thread itself looks at it, 16 bytes beside those
-// of the next thread.
+// What a thread works on, copied to shared memory in the background: its pieces of dy and h of a row and, where there
+// is room, of the next one, and of the gradient of this row's sum. Only the thread itself looks at it, 16 bytes beside
+// those of the next thread. Both passes read it there: in registers there is no room for it beside the shares of the
+// gradients of weight and bias.
 template <class T, class R, int kThreads>
 class Stages {
   using Row = NormRow<T, R, NormRows::kWhole>;

@@ -30,7 +30,8 @@ TFORMER_DEVICE int64_t block_count() {
   return kDim == 0 ? gridDim.x : kDim == 1 ? gridDim.y : gridDim.z;
 }
 
-// The compiler no longer knows x: it computes anew what depends on x, where it would keep that in registers.
+// The compiler no longer knows where x comes from: it neither keeps what depends on x from before, nor takes the
+// computation of x into that of what depends on it.
 TFORMER_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
 // x points to global memory.
 template <class T>
