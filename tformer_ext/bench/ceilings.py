@@ -55,6 +55,8 @@ def measure_gpu_ceilings(dtype: torch.dtype, seconds: float = 0.05) -> Ceilings:
 
 def _fastest(call: Callable[[], object], seconds: float) -> float:
     """Seconds on the GPU's clock of the fastest of several calls."""
+    call()  # loads the library's kernels, which may take longer than `seconds`
+    torch.cuda.synchronize()
     best, begin = float("inf"), time.perf_counter()
     while best == float("inf") or time.perf_counter() - begin < seconds:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -103,6 +103,8 @@ def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
 def _plan(contender: Contender, options: Options) -> Plan:
     """Warms the contender up and spreads its budget."""
     plan = Plan(contender, Timing())
+    if options.device == "cuda":
+        _timed(contender, 1, options.device)  # loads kernels and makes plans, seconds that say nothing of a slow call
     first = _timed(contender, 1, options.device)
     budget = contender.share * options.budget
     if not contender.compiles and first > 4 * budget:
