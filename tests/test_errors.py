@@ -95,6 +95,7 @@ BAD_NORM = [
     ("x", TypeError, {"x": X.int()}),
     ("x", ValueError, {"x": torch.tensor(1.0)}),
     ("residual", ValueError, {"residual": X[:2]}),
+    ("residual", ValueError, {"residual": X[None]}),
     ("residual", TypeError, {"residual": X.double()}),
     ("residual", TypeError, {"residual": X.int()}),
     ("weight", ValueError, {"weight": torch.ones(5)}),

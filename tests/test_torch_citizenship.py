@@ -173,6 +173,40 @@ def test_vmap_of_norms():
         torch.testing.assert_close(a, torch.stack(parts))
 
 
+CALLS = {
+    "plain": lambda q, k, v, r, w, b: F.residual_layer_norm(F.attention(q, k, v), None, w, b),
+    "causal, residual": lambda q, k, v, r, w, b: F.residual_layer_norm(F.attention(q, k, v, causal=True), r, w, b),
+    "dropout": block,
+    "bias, lse": lambda q, k, v, r, w, b: sum(
+        F.attention(q, k, v, bias=b.new_zeros(9, 9) + r.sum(), return_lse=True)[1:]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_eager_calls_as_transformed_ones(name):
+    """Eager calls are recorded by Functions of their own: gradients, batched or with hooks, are those of torch.func."""
+    run, inputs = CALLS[name], block_inputs()
+    wanted = [n for n, t in enumerate(inputs) if name != "bias, lse" or n in (0, 1, 3)]
+    leaves = [inputs[n] for n in wanted]
+    expected = torch.func.grad(lambda *t: run(*t).square().sum(), argnums=tuple(wanted))(*inputs)
+
+    def check(out, **options):
+        actual = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True, **options)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(torch.zeros_like(e) if a is None else a, e)
+
+    check(run(*inputs))
+    check(run(*inputs), create_graph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        check(run(*inputs))
+    out = run(*inputs)
+    cotangents = torch.randn(3, *out.shape)
+    one_by_one = [torch.autograd.grad(out, leaves[0], c, retain_graph=True)[0] for c in cotangents]
+    (together,) = torch.autograd.grad(out, leaves[0], cotangents, is_grads_batched=True)
+    torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_sees_the_same_dropout(reentrant):
     inputs = block_inputs()

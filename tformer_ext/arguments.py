@@ -82,13 +82,13 @@ def check_qkv(query, key, value):
         _tensor(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (B, H, S, D), got {t.dim()}: {_shape(t)}")
-    dtype = query.dtype
+    dtype, device = query.dtype, query.device
     if dtype not in DTYPES:
         raise TypeError(f"query: expected float64, float32, bfloat16 or float16, got {dtype}")
     for name, t in (("key", key), ("value", value)):
         if t.dtype != dtype:
             raise TypeError(f"{name}: expected dtype {dtype} as in query, got {t.dtype}")
-        same_device(name, t, query.device)
+        same_device(name, t, device)
     B, Hq, _, D = query.shape
     if key.shape[0] != B or key.shape[3] != D:
         raise ValueError(
@@ -244,9 +244,11 @@ def cumulative(name, cu_seqlens, total, device, size=None):
 def check_norm(x, residual, weight, bias, residual_dtype):
     """Returns (number of normalised dimensions, dtype of the sum)."""
     _tensor("x", x)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: expected float64, float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() == 0:
+    # each asked for once: a question to a tensor takes longer than a comparison
+    dtype, shape, device = x.dtype, x.shape, x.device
+    if dtype not in DTYPES:
+        raise TypeError(f"x: expected float64, float32, bfloat16 or float16, got {dtype}")
+    if len(shape) == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     dims = 1
     for name, t in (("bias", bias), ("weight", weight)):
@@ -254,28 +256,28 @@ def check_norm(x, residual, weight, bias, residual_dtype):
             _tensor(name, t)
             if t.dtype not in DTYPES:
                 raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
-            if t.dim() == 0 or t.dim() > x.dim() or _shape(t) != _shape(x)[x.dim() - t.dim() :]:
-                raise ValueError(f"{name}: expected the last dimensions of x {_shape(x)}, got {_shape(t)}")
-            same_device(name, t, x.device)
             dims = t.dim()
+            if dims == 0 or dims > len(shape) or t.shape != shape[len(shape) - dims :]:
+                raise ValueError(f"{name}: expected the last dimensions of x {_shape(x)}, got {_shape(t)}")
+            same_device(name, t, device)
     if weight is not None and bias is not None and weight.shape != bias.shape:
         raise ValueError(f"bias: expected shape {_shape(weight)} as weight, got {_shape(bias)}")
-    allowed = (x.dtype,) if x.dtype in (torch.float64, torch.float32) else (x.dtype, torch.float32)
-    sum_dtype = x.dtype
+    allowed = (dtype,) if dtype in (torch.float64, torch.float32) else (dtype, torch.float32)
+    sum_dtype = dtype
     if residual is not None:
         _tensor("residual", residual)
-        if residual.shape != x.shape:
+        if residual.shape != shape:
             raise ValueError(f"residual: expected the shape of x {_shape(x)}, got {_shape(residual)}")
         if residual.dtype not in DTYPES:
             raise TypeError(f"residual: expected a floating dtype, got {residual.dtype}")
-        same_device("residual", residual, x.device)
-        sum_dtype = torch.promote_types(x.dtype, residual.dtype)
+        same_device("residual", residual, device)
+        sum_dtype = torch.promote_types(dtype, residual.dtype)
         if sum_dtype not in allowed:
             raise TypeError(f"residual: expected dtype {' or '.join(map(str, allowed))}, got {residual.dtype}")
     if residual_dtype is not None:
         if residual_dtype not in allowed:
             raise TypeError(
-                f"residual_dtype: expected {' or '.join(map(str, allowed))} with x of {x.dtype}, got {residual_dtype}"
+                f"residual_dtype: expected {' or '.join(map(str, allowed))} with x of {dtype}, got {residual_dtype}"
             )
         sum_dtype = residual_dtype
     return dims, sum_dtype

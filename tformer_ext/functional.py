@@ -86,11 +86,12 @@ def attention(
     """
     if (
         bias is mask is window is alibi_slopes is sinks is key_lengths is scale is dropout_seed is None
-        and causal is return_lse is False
+        and return_lse is False
+        and (causal is False or causal is True)
         and softcap == dropout_p == 0.0
         and _plain_call()
     ):
-        out = _attention.plain_attention(query, key, value)
+        out = _attention.plain_attention(query, key, value, causal)
         if out is not None:
             return out
     query, key, value = _autocast(query, key, value)
@@ -108,6 +109,7 @@ def attention(
         mask = check.score_operand("mask", mask, (B, Hq, Sq, Sk))
         check.same_device("mask", mask, device)
     out, lse = _attention.attention(
+        return_lse,
         check.unit_stride(query),
         check.unit_stride(key),
         check.unit_stride(value),
@@ -173,6 +175,7 @@ def attention_varlen(
     left, right = check.window_pair(window)
     dropout_p = check.probability("dropout_p", dropout_p)
     out, lse = _attention.attention(
+        return_lse,
         check.unit_stride(query),
         check.unit_stride(key),
         check.unit_stride(value),

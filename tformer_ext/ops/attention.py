@@ -10,32 +10,44 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..arguments import check_qkv
-from .recording import call, call_backward, is_dtensor, needs_function
+from .recording import call_backward, eager_apply, is_dtensor, is_eager, needs_function
 
 _forward = torch.ops.tformer_ext._attention_forward.default
 _backward = torch.ops.tformer_ext._attention_backward.default
+
+# What may be left out of the operands of an eager call, from the right.
+_NO_TENSORS = (None,) * 8
+_NUMBERS = (0, -1, -1, None, 0.0, 0.0)
 
 # Rows of scores that the double backward holds at a time.
 _ROWS = 128
 
 
-def attention(*operands):
-    """(out, lse) of the operands; without a gradient to record straight to the operator."""
+def attention(want_lse, *operands):
+    """(out, lse) of the operands, lse None or of no use unless wanted; without a gradient straight to the operator."""
     if is_dtensor(operands[0]):
         from ..distributed.dtensor import place_attention
 
         operands = place_attention(operands)
-    return call(Attention, *operands) if needs_function(*operands[:7]) else _forward(*operands)
+    if not needs_function(*operands[:7]):
+        return _forward(*operands)
+    if not is_eager():
+        return Attention.apply(*operands)
+    outputs = _eager_attention(want_lse, *operands)
+    return outputs if want_lse else (outputs, None)
 
 
-def plain_attention(query, key, value):
-    """out without any option and any gradient, or None where that is not what the operator takes.
+def plain_attention(query, key, value, causal):
+    """out of an eager call without options but causal, a bool, or None where the operator does not take the operands.
 
-    The arguments of the operator are most of what a tiny call takes, so there are three of them, and they have not been
+    The arguments of the operator are most of what a tiny call takes, so there are few of them, and they have not been
     checked: the operator refuses what it cannot read, and the caller then finds out what was wrong with it.
     """
+    operands = (query, key, value, *_NO_TENSORS, 1) if causal else (query, key, value)
     try:
-        return None if needs_function(query, key, value) else _forward(query, key, value)[0]
+        if not needs_function(query, key, value):
+            return _forward(*operands)[0]
+        return _eager_attention(False, *operands) if is_eager() and not is_dtensor(query) else None
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
 
@@ -99,21 +111,53 @@ class Attention(torch.autograd.Function):
         bias_needs_grad, sinks_need_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
         operands = (grad_out, grad_lse, out, lse, bias_needs_grad, *tensors, *ctx.numbers)
         grads = call_backward(AttentionBackward, *operands)
-        grad_query, grad_key, grad_value, grad_bias, grad_sinks = grads
-        return (
-            grad_query,
-            grad_key,
-            grad_value,
-            grad_bias if bias_needs_grad else None,
-            None,
-            None,
-            grad_sinks if sinks_need_grad else None,
-            *(None,) * 10,
-        )
+        return _in_order(grads, bias_needs_grad, sinks_need_grad)
 
     @staticmethod
     def vmap(info, in_dims, *operands):
         return _vmap(Attention, info, in_dims, operands, leading=0)
+
+
+class EagerAttention(torch.autograd.Function):
+    """As Attention, for what neither traces nor transforms: with half its time around the operator.
+
+    Only what the caller sees is an output, an operand that is left out is nowhere, and there is no setup_context.
+    """
+
+    @staticmethod
+    def forward(ctx, want_lse, *operands):
+        out, lse = _forward(*operands)
+        ctx.save_for_backward(out, lse, *operands[:11])
+        ctx.numbers = operands[11:]
+        ctx.set_materialize_grads(False)
+        return (out, lse) if want_lse else out
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse=None):
+        out, lse, *tensors = ctx.saved_tensors
+        needed, numbers = ctx.needs_input_grad, ctx.numbers
+        if grad_out is None and grad_lse is None:
+            return (None,) * len(needed)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if len(tensors) == 3:
+            tensors += _NO_TENSORS
+            bias_needs_grad = sinks_need_grad = False
+        else:
+            bias_needs_grad, sinks_need_grad = needed[4], needed[7]
+        operands = (grad_out, grad_lse, out, lse, bias_needs_grad, *tensors, *numbers, *_NUMBERS[len(numbers) :])
+        grads = _in_order(call_backward(AttentionBackward, *operands), bias_needs_grad, sinks_need_grad)
+        return None, *grads[: len(needed) - 1]
+
+
+_eager_attention = eager_apply(EagerAttention)
+
+
+def _in_order(grads, bias_needs_grad, sinks_need_grad):
+    """The gradients at the places of the operands."""
+    query, key, value, bias, sinks = grads
+    bias, sinks = bias if bias_needs_grad else None, sinks if sinks_need_grad else None
+    return query, key, value, bias, None, None, sinks, *(None,) * 10
 
 
 class AttentionBackward(torch.autograd.Function):

@@ -22,13 +22,21 @@ def needs_function(*tensors):
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def call(function, *operands):
-    """function.apply; outside of transforms and tracing past its binding of the operands to forward's signature, which
-    takes longer than a small kernel (75 microseconds for 17 operands) and changes nothing where all are given.
+def is_eager():
+    """Whether operands go to a Function as they are: nothing traces the call, no transform of torch.func wraps it."""
+    return torch._C._functorch.peek_interpreter_stack() is None and not torch.compiler.is_compiling()
+
+
+def eager_apply(function):
+    """function.apply for eager calls: past its binding of the operands to forward's signature, which takes longer than
+    a small kernel (75 microseconds for 17 operands) and changes nothing where all are given.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return function.apply(*operands)
-    return super(torch.autograd.Function, function).apply(*operands)
+    return super(torch.autograd.Function, function).apply
+
+
+def call(function, *operands):
+    """function.apply, by the short way where that is the same."""
+    return (eager_apply(function) if is_eager() else function.apply)(*operands)
 
 
 def call_backward(function, *operands):

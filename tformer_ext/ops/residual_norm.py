@@ -7,7 +7,7 @@ from ..arguments import check_norm
 from ..reference import norm_dropout_mask
 from ..reference.philox import keep_scale
 from ..reference.residual_norm import normalize
-from .recording import call, call_backward, is_dtensor, needs_function
+from .recording import call_backward, eager_apply, is_dtensor, is_eager, needs_function
 
 _forward = torch.ops.tformer_ext._residual_norm_forward.default
 _inference = torch.ops.tformer_ext._residual_norm_inference.default
@@ -24,16 +24,23 @@ def residual_norm(x, residual, weight, bias, seed, eps, dropout_p, rms, want_sum
     if needs_function(*tensors):
         # without residual and dropout, and in x's dtype, the sum is x itself and need not be saved again
         save_sum = want_sum or residual is not None or dropout_p > 0 or sum_dtype != x.dtype
-        y, total, _, _ = call(ResidualNorm, *tensors, seed, eps, dropout_p, rms, save_sum, sum_dtype)
+        function = _eager_norm if is_eager() else ResidualNorm.apply
+        y, total, *_ = function(*tensors, seed, eps, dropout_p, rms, save_sum, sum_dtype)
     else:
         y, total, _, _ = _forward(*tensors, seed, eps, dropout_p, rms, want_sum, sum_dtype)
     return y, total if want_sum else None
 
 
 def plain_norm(x, residual, weight, bias, eps, rms):
-    """y without dropout and any gradient, or None; as plain_attention."""
+    """y of an eager call without dropout, or None; as plain_attention."""
     try:
-        return None if needs_function(x, residual, weight, bias) else _inference(x, residual, weight, bias, eps, rms)
+        if residual is not None and residual.shape != x.shape:  # the operator looks at rows only
+            return None
+        if not needs_function(x, residual, weight, bias):
+            return _inference(x, residual, weight, bias, eps, rms)
+        if not is_eager() or is_dtensor(x) or not (residual is None or residual.dtype == x.dtype):
+            return None
+        return _eager_norm(x, residual, weight, bias, None, eps, 0.0, rms, residual is not None, None)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
 
@@ -90,39 +97,66 @@ class ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, _ = inputs
-        _y, total, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(total if save_sum else x, mean, rstd, weight, seed)
-        ctx.numbers = (eps, dropout_p, rms)
-        ctx.x_dtype, ctx.save_sum = x.dtype, save_sum
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        _save(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_y, grad_sum, _mean, _rstd):
-        total, mean, rstd, weight, seed = ctx.saved_tensors
-        if not ctx.save_sum:
-            grad_sum = None
-        if grad_y is None and grad_sum is None:
-            return (None,) * 10
-        if grad_y is None:
-            grad_y = total.new_zeros(total.shape, dtype=ctx.x_dtype)
-        grad_x, grad_residual, grad_weight, grad_bias = call_backward(
-            ResidualNormBackward, grad_y, grad_sum, total, mean, rstd, weight, seed, *ctx.numbers, ctx.x_dtype,
-            ctx.residual_dtype, ctx.bias_dtype,
-        )  # fmt: skip
-        if ctx.residual_dtype is None:
-            grad_residual = None
-        elif not gradients_apart(ctx.numbers[1], ctx.x_dtype, ctx.residual_dtype):
-            grad_residual = grad_x
-        grad_weight = None if weight is None else grad_weight
-        return grad_x, grad_residual, grad_weight, grad_bias if ctx.bias_dtype else None, *(None,) * 6
+        return _gradients(ctx, grad_y, grad_sum)
 
     @staticmethod
     def vmap(info, in_dims, *operands):
         return _vmap(ResidualNorm, info, in_dims, operands)
+
+
+class EagerResidualNorm(torch.autograd.Function):
+    """As ResidualNorm, for what neither traces nor transforms, as EagerAttention is.
+
+    The sum stays an output wherever it is saved: second derivatives reach x and residual through it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, sum_dtype):
+        inputs = (x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, sum_dtype)
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[:2] if save_sum else (output[0], None)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_sum):
+        return _gradients(ctx, grad_y, grad_sum)
+
+
+_eager_norm = eager_apply(EagerResidualNorm)
+
+
+def _save(ctx, inputs, output):
+    x, residual, weight, bias, seed, eps, dropout_p, rms, save_sum, _ = inputs
+    _y, total, mean, rstd = output
+    ctx.save_for_backward(total if save_sum else x, mean, rstd, weight, seed)
+    residual_dtype, bias_dtype = None if residual is None else residual.dtype, None if bias is None else bias.dtype
+    ctx.numbers, ctx.save_sum = (eps, dropout_p, rms, x.dtype, residual_dtype, bias_dtype), save_sum
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_y, grad_sum):
+    total, mean, rstd, weight, seed = ctx.saved_tensors
+    _eps, dropout_p, _rms, x_dtype, residual_dtype, bias_dtype = ctx.numbers
+    if not ctx.save_sum:
+        grad_sum = None
+    if grad_y is None and grad_sum is None:
+        return (None,) * 10
+    if grad_y is None:
+        grad_y = total.new_zeros(total.shape, dtype=x_dtype)
+    grad_x, grad_residual, grad_weight, grad_bias = call_backward(
+        ResidualNormBackward, grad_y, grad_sum, total, mean, rstd, weight, seed, *ctx.numbers
+    )
+    if residual_dtype is None:
+        grad_residual = None
+    elif not gradients_apart(dropout_p, x_dtype, residual_dtype):
+        grad_residual = grad_x
+    grad_weight = None if weight is None else grad_weight
+    return grad_x, grad_residual, grad_weight, None if bias_dtype is None else grad_bias, *(None,) * 6
 
 
 class ResidualNormBackward(torch.autograd.Function):
