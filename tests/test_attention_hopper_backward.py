@@ -191,3 +191,22 @@ def test_nothing_to_do(backward):
         leaves = [torch.randn(B, 2, S, 64).bfloat16().requires_grad_() for S in (Sq, Sk, Sk)]
         for grad, leaf in zip(torch.autograd.grad(F.attention(*leaves).sum(), leaves), leaves, strict=True):
             assert grad.shape == leaf.shape and not grad.any()
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("sm90", [True, False])
+def test_a_mask_of_padding_is_key_lengths(D, sm90, backward):
+    """Tiles that a mask by keys hides whole, in part and not at all, with what they hold beyond."""
+    from emulation.library import AMPERE, HOPPER
+
+    backward.set_device(HOPPER if sm90 else AMPERE, hopper_kernels=sm90)
+    lengths = torch.tensor([300, 128, 5])
+    mask = (torch.arange(300) < lengths.view(-1, 1)).view(3, 1, 1, 300)
+    q, k, v = (torch.randn(3, 2, S, D).bfloat16().requires_grad_() for S in (140, 300, 300))
+    cotangent = torch.randn(3, 2, 140, D).bfloat16()
+    results = []
+    for options in ({"mask": mask}, {"key_lengths": lengths}):
+        out, lse = F.attention(q, k, v, return_lse=True, **options)
+        results.append([out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), cotangent)])
+    for name, a, b in zip(("out", "lse", "query", "key", "value"), *results, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2, msg=name)
