@@ -125,7 +125,7 @@ struct Scores {
   // f(an Operands): what has to be asked for each pair is asked once for a tile of them.
   template <class F>
   TFORMER_DEVICE void for_operands(F&& f) const {
-    const bool others = p.softcap != 0 || p.alibi_slopes;
+    const bool others = sizeof(T) == 8 || p.softcap != 0 || p.alibi_slopes;  // double takes long to compile
     if (others || (p.bias.data && (p.mask.data || p.bias.dtype != kDType<T>))) {
       f(Operands<OperandSet::any>{});
     } else if (p.bias.data) {
