@@ -26,9 +26,8 @@ AttentionCall attention_call(const AttentionParams& p) {
   AttentionCall call{};
   call.p = p;
   call.packed = p.cu_seqlens_q != nullptr;
-  const bool by_keys = !p.mask.data || p.mask.stride[2] == 0 || p.Sq == 1;
-  call.plain = !p.bias.data && by_keys && !p.alibi_slopes && p.softcap == 0 && p.dropout_p == 0 && p.scale > 0 &&
-               std::isfinite(p.scale);
+  call.plain = !p.bias.data && rows_share_mask(p) && !p.alibi_slopes && p.softcap == 0 && p.dropout_p == 0 &&
+               p.scale > 0 && std::isfinite(p.scale);
   call.splits = call.parts = call.pairs = call.shared_batches = call.shared_heads = 1;
   return call;
 }

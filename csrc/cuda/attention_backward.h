@@ -27,8 +27,8 @@ struct Differentiated {
   R p, ds, dbias;
 };
 
-// One pair: the product q.k and dp of its row and column become p and ds. `visible`: by position; of plain scores, by a
-// mask by keys too.
+// One pair: the product q.k and dp of its row and column become p and ds. `visible`: by position. What
+// a mask by keys hides of plain scores is -inf already.
 template <class T>
 TFORMER_DEVICE Differentiated<Real<T>> differentiate(const Scores<T, true>& scores, Real<T> product, Real<T> dp,
                                                      Real<T> lse, Real<T> delta, bool visible) {

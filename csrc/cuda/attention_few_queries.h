@@ -12,6 +12,9 @@ constexpr int64_t bytes_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2;
 }
 
+// Whether a mask, if there is one, says the same to all queries of a head: a mask by keys.
+inline bool rows_share_mask(const AttentionParams& p) { return !p.mask.data || p.mask.stride[2] == 0 || p.Sq == 1; }
+
 // Heads in groups of `group`, of which the heads become the rows.
 inline void heads_to_rows(int64_t (&stride)[3], int64_t group) { stride[2] = stride[1], stride[1] *= group; }
 inline void heads_to_rows(ScoreOperand& t, int64_t group) { t.stride[2] = t.stride[1], t.stride[1] *= group; }
@@ -68,7 +71,7 @@ inline void choose_splits(AttentionCall& call, int64_t least_splits) {
 inline AttentionCall forward_launch(const AttentionCall& given) {
   AttentionCall call = given;
   if (heads_as_queries(call.p)) {
-    call.plain = call.plain && (!call.p.mask.data || call.p.mask.stride[2] == 0);  // else rows differ in keys
+    call.plain = call.plain && rows_share_mask(call.p);
     choose_splits(call, call.p.sinks ? 2 : 1);  // a head's sink can only be added by the merge
     if (!call.p.sinks || call.splits > 1) return call;
     call = given;

@@ -123,7 +123,9 @@ struct Numbers {
     forget(thread);
     const int64_t i = block_index<0>() * kThreads + thread;
     if (i >= p.n) return;
-    const float x = in<float>(p)[i];
+    const float* from = in<float>(p);
+    forget(from);
+    const float x = from[i];
     float low, high, *to = out<float>(p) + i;
     unpack_two<bf16>(pack_two<bf16>(x, -x), low, high);
     to[0] = low, to[p.n] = high;

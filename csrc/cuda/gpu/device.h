@@ -87,14 +87,6 @@ TFORMER_DEVICE void store_16_global(void* to, const Bits16Bytes& v) {
                "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
-// Global memory that is used once: it leaves the caches to the rest.
-TFORMER_DEVICE Bits16Bytes load_16_streaming(const void* from) {
-  const uint4 v = __ldcs(static_cast<const uint4*>(from));
-  return {{v.x, v.y, v.z, v.w}};
-}
-TFORMER_DEVICE void store_16_streaming(void* to, const Bits16Bytes& v) {
-  __stcs(static_cast<uint4*>(to), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
-}
 
 TFORMER_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -115,14 +115,6 @@ inline void store_16_global(void* to, const Bits16Bytes& v, TFORMER_SITE) {
   emulation::check_aligned({"store_16_global", file, line}, to, 16);
   std::memcpy(to, &v, sizeof v);
 }
-inline Bits16Bytes load_16_streaming(const void* from, TFORMER_SITE) {
-  emulation::check_aligned({"load_16_streaming", file, line}, from, 16);
-  return emulation::same_bits<Bits16Bytes>(from);
-}
-inline void store_16_streaming(void* to, const Bits16Bytes& v, TFORMER_SITE) {
-  emulation::check_aligned({"store_16_streaming", file, line}, to, 16);
-  std::memcpy(to, &v, sizeof v);
-}
 
 inline void copy_async_16(void* shared, const void* global, int valid_bytes = 16, TFORMER_SITE) {
   emulation::copy_async({"copy_async_16", file, line}, shared, global, 16, valid_bytes);
