@@ -45,6 +45,11 @@ HOPPER_CASES = [
     Case("mask per key wide", (2, 2, 1, 70, 200, 256, 256), mask=(2, 1, 1, 200)),
     Case("mask per key and head", (2, 4, 2, 70, 150, 128, 128), mask=(2, 4, 1, 150)),
     Case("mask of no key", (2, 2, 1, 70, 150, 64, 64), {"key_lengths": [150, 90]}, mask=(2, 1, 1, 1)),
+    *(Case(f"dropout {D}", shape, {"dropout_p": 0.3, "dropout_seed": 2**40 + 7}) for D, shape in SHAPES.items()),
+    Case("dropout of groups", (2, 4, 2, 150, 300, 64, 64), {"causal": True, "dropout_p": 0.2, "dropout_seed": -3}),
+    Case("dropout, window", (1, 2, 1, 300, 500, 128, 128), {"window": (150, 60), "dropout_p": 0.5, "dropout_seed": 5}),
+    Case("dropout of all", (1, 2, 2, 70, 150, 128, 128), {"dropout_p": 1.0, "dropout_seed": 1}),
+    Case("dropout, sinks", (1, 4, 2, 150, 150, 64, 64), {"dropout_p": 0.1, "dropout_seed": 9}, sinks=True),
     Case("many key tiles", (1, 2, 1, 70, 500, 256, 256), {"causal": "lower_right", "window": (400, -1)}),
 ]  # fmt: skip
 

@@ -31,7 +31,16 @@ def test_values_of_the_cases_of_all_kernels(case, hopper):
     check_values(case, torch.bfloat16)
 
 
-RACES = ("all keys 64", "causal 128", "window 256", "dead rows", "key lengths", "many key tiles", "whole tiles")
+RACES = (
+    "all keys 64",
+    "causal 128",
+    "window 256",
+    "dead rows",
+    "key lengths",
+    "many key tiles",
+    "whole tiles",
+    "dropout 128",
+)
 
 
 @pytest.mark.parametrize("case", [c for c in HOPPER_CASES if c.name in RACES], ids=str)
@@ -95,10 +104,11 @@ def test_what_goes_to_the_portable_kernels(hopper):
     assert why(q, q, q, mask=torch.ones(1, 1, 1, 70).bool()) is why(q, q, q, mask=torch.ones(2, 1, 70).bool()) is None
     assert why(q.float(), q.float(), q.float()) == "dtype"
     for options in (
-        {"softcap": 1.0}, {"scale": -1.0}, {"scale": 0.0}, {"bias": torch.zeros(1, 1, 1, 70)}, {"dropout_p": 0.5},
+        {"softcap": 1.0}, {"scale": -1.0}, {"scale": 0.0}, {"bias": torch.zeros(1, 1, 1, 70)},
         {"alibi_slopes": torch.ones(2)}, {"mask": torch.ones(70, 70).bool()},
     ):  # fmt: skip
         assert why(q, q, q, **options) == "operands"
+    assert why(q, q, q, dropout_p=0.5) is None
     assert why(few, long, long) == "split"
     one = torch.randn(1, 8, 1, 64).bfloat16()
     assert why(one, long, long) == "split" and why(one, long, long, sinks=torch.ones(8)) == "split"

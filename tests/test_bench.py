@@ -398,10 +398,18 @@ def test_a_job_that_fails_does_not_take_the_others_with_it(monkeypatch, tmp_path
 
 def test_first_calls_on_a_gpu_are_not_timed(monkeypatch):
     """They load kernels; one that took longer than its budget would else be all that is timed."""
-    taken = [9.0, *[1e-3] * 3]
-    monkeypatch.setattr(harness, "_timed", lambda contender, count, device: taken.pop(0))
+    taken, head_starts = [9.0, *[1e-3] * 3], []
+
+    def timed(contender, count, device, head_start=0.0):
+        head_starts.append(head_start)
+        return taken.pop(0)
+
+    monkeypatch.setattr(harness, "_timed", timed)
+    monkeypatch.setattr(harness, "_launch_seconds", lambda contender: 2e-4)
     contender = harness.Contender("slow to begin", lambda: None)
     plan = harness._plan(contender, harness.Options(budget=0.1, device="cuda"))
     assert plan.timing.seconds == [] and plan.rounds == 100
+    # the host is ahead by more than what it takes for a call
+    assert head_starts[0] == 0 and all(2e-4 < start < 1e-3 for start in head_starts[1:]) and len(head_starts) == 3
     taken = [9.0, *[1e-3] * 3]
     assert harness._plan(contender, harness.Options(budget=0.1)).timing.seconds == [9.0]

@@ -67,12 +67,15 @@ SPECIAL = [0.0, -0.0, 1e-45, 6e-8, 6.1e-5, 1.0, 1 + 2**-11, 1 + 3 * 2**-11, 6550
 def test_numbers(run):
     x = torch.cat([torch.tensor([*SPECIAL, float("inf"), float("-inf"), float("nan")]), 1e3 * torch.randn(500)])
     x = torch.cat([x, 1e-6 * torch.randn(500), torch.randn(500)])
-    out = torch.empty(8, len(x))
+    out = torch.empty(12, len(x))
     assert run("numbers", x, None, out, n=len(x), blocks=(len(x) + 63) // 64) is None
     same = {"rtol": 0, "atol": 0, "equal_nan": True}
     for row, dtype in ((0, torch.bfloat16), (2, torch.float16)):
         torch.testing.assert_close(out[row], x.to(dtype).float(), **same)
         torch.testing.assert_close(out[row + 1], (-x).to(dtype).float(), **same)
+        positive = [torch.where(t < 0, 0.0, t).to(dtype).float() for t in (x, -x)]
+        for n in (0, 1):
+            torch.testing.assert_close(out[8 + row + n], positive[n], **same)
     torch.testing.assert_close(out[6], x.half().float(), **same)
     normal = x.abs() > 1e-37
     torch.testing.assert_close(out[4][normal], x[normal], rtol=2**-11, atol=0, equal_nan=True)

@@ -16,10 +16,10 @@ NVCC = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/
 FLAGS = ["-c", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
 WIDTHS = {"forward": (64, 128, 256), "backward": (64, 128)}
 # Forward: a tile of keys by head dimension, of which one warp has 16 rows: exponents of a thread, products.
-KEYS = {64: 112, 128: 128, 256: 80}
+KEYS = {False: {64: 112, 128: 128, 256: 80}, True: {64: 128, 128: 128, 256: 64}}  # without and with dropout
 # Backward: a tile of queries; one of keys has 128, 64 for each warpgroup.
 QUERIES = {64: 128, 128: 64}
-REGISTERS = {("forward", 64): (32, 160)}  # else (24, 240)
+REGISTERS = {("forward", 64, False): (32, 160)}  # else (24, 240)
 
 pytestmark = [
     pytest.mark.skipif(not NVCC.is_file(), reason="needs nvcc: set CUDA_HOME"),
@@ -32,7 +32,8 @@ EACH = pytest.mark.parametrize("direction, dtype", [(d, t) for d in WIDTHS for t
 
 
 def of(direction):
-    return pytest.mark.parametrize("dtype, width", [(t, width) for t in DTYPES for width in WIDTHS[direction]])
+    each = [(t, width, drops) for t in DTYPES for width in WIDTHS[direction] for drops in (False, True)]
+    return pytest.mark.parametrize("dtype, width, drops", each)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,10 @@ def test_products_run_by_themselves(compiled, direction, dtype):
 def test_nothing_is_spilled(compiled, direction, dtype):
     said = compiled(direction, dtype)[1]
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    kernels = len(WIDTHS[direction]) * (2 if direction == "backward" else 1)  # and the one that writes dq
-    assert spills == [("0", "0", "0")] * kernels, said
+    kernels = len(WIDTHS[direction]) * (3 if direction == "backward" else 2)  # and the one that writes dq
+    assert len(spills) == kernels, said
+    # of width 64 with dropout: a word that is read once a tile
+    assert [spill for spill in spills if spill != ("0", "0", "0")] in ([], [("8", "4", "4")]), said
 
 
 def find_cuobjdump() -> tuple[Path, str] | None:
@@ -76,7 +79,7 @@ def find_cuobjdump() -> tuple[Path, str] | None:
 
 @pytest.fixture(scope="module")
 def machine_code(compiled):
-    """machine_code(direction, dtype): width -> instructions, in order"""
+    """machine_code(direction, dtype): (width, dropout) -> instructions, in order"""
     tool = find_cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump and nvdisasm")
@@ -87,11 +90,11 @@ def machine_code(compiled):
         text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         functions = {}
         for part in text.split("Function : ")[1:]:
-            found = re.search(rf"Hopper{direction.capitalize()}I\w+?Li(\d+)E", part.partition("\n")[0])
+            found = re.search(rf"Hopper{direction.capitalize()}I\w+?Li(\d+)ELb([01])E", part.partition("\n")[0])
             if found:
                 instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*[^;]*);", part)
-                functions[int(found.group(1))] = instructions
-        assert sorted(functions) == list(WIDTHS[direction])
+                functions[int(found.group(1)), found.group(2) == "1"] = instructions
+        assert sorted(functions) == [(width, drops) for width in WIDTHS[direction] for drops in (False, True)]
         return functions
 
     return disassemble
@@ -113,9 +116,9 @@ def waits_of(instructions):
 
 
 @of("forward")
-def test_instructions(machine_code, dtype, width):
-    code = machine_code("forward", dtype)[width]
-    keys, boxes = KEYS[width], width // 64
+def test_instructions(machine_code, dtype, width, drops):
+    code = machine_code("forward", dtype)[width, drops]
+    keys, boxes = KEYS[drops][width], width // 64
     # scores twice, the first and the others; values twice, the others and the last
     assert count(code, f"HGMMA.64x{keys}x16") >= 2 * width // 16
     values = count(code, f"HGMMA.64x{min(width, 128)}x16") - (2 * width // 16 if keys == min(width, 128) else 0)
@@ -126,19 +129,19 @@ def test_instructions(machine_code, dtype, width):
 
 
 @of("forward")
-def test_softmax_runs_beside_a_product(machine_code, dtype, width):
+def test_softmax_runs_beside_a_product(machine_code, dtype, width, drops):
     """Between the wait for the scores and that for the values before are all exponents.
 
     In a straight line ptxas would wait for both at once.
     """
-    waits = waits_of(machine_code("forward", dtype)[width])
+    waits = waits_of(machine_code("forward", dtype)[width, drops])
     scores = [n for n, (pending, _) in enumerate(waits) if pending == 1]
-    assert len(scores) == 1 and waits[scores[0] + 1][1] >= KEYS[width] // 2
+    assert len(scores) == 1 and waits[scores[0] + 1][1] >= KEYS[drops][width] // 2
 
 
 @of("backward")
-def test_instructions_of_backward(machine_code, dtype, width):
-    code, queries, boxes = machine_code("backward", dtype)[width], QUERIES[width], width // 64
+def test_instructions_of_backward(machine_code, dtype, width, drops):
+    code, queries, boxes = machine_code("backward", dtype)[width, drops], QUERIES[width], width // 64
     shapes = {64: 0, 128: 0}
     shapes[queries] += 2 * width // 16  # scores and dp
     shapes[width] += 2 * queries // 16  # dv and dk
@@ -149,27 +152,28 @@ def test_instructions_of_backward(machine_code, dtype, width):
     assert count(code, "UTMALDG.4D") == 4 * boxes
     assert count(code, "UBLKRED.G.S.ADD.F32") == count(code, "UBLKCP.G.S") == 1
     assert count(code, "USETMAXREG") == 2
-    assert not count(code, "LDL") and not count(code, "STL") and not count(code, "HMMA")
+    assert count(code, "LDL") + count(code, "STL") <= (2 if drops and width == 64 else 0)
+    assert not count(code, "HMMA")
 
 
 @of("backward")
-def test_weights_are_made_beside_a_product(machine_code, dtype, width):
+def test_weights_are_made_beside_a_product(machine_code, dtype, width, drops):
     """The waits for scores, dp, dv and dq, dk; all exponents are between the first two, while dp is on its way."""
     exponents = QUERIES[width] // 2
     dp = 1 if width == 128 else 0  # narrow: dv begins later
-    assert waits_of(machine_code("backward", dtype)[width]) == [(1, 0), (dp, exponents), (1, 0), (0, 0)]
+    assert waits_of(machine_code("backward", dtype)[width, drops]) == [(1, 0), (dp, exponents), (1, 0), (0, 0)]
 
 
 @EACH
 def test_registers_are_within_what_each_role_has(machine_code, direction, dtype):
     """After setmaxnreg; nothing but spinning waits lies outside of the two stretches."""
-    for width, code in machine_code(direction, dtype).items():
+    for (width, drops), code in machine_code(direction, dtype).items():
         more, fewer = (
             next(n for n, line in enumerate(code) if f"USETMAXREG.{kind}" in line) for kind in ("TRY", "DEALLOC")
         )
         last = max(n for n, line in enumerate(code) if line.startswith("EXIT"))
         assert more < fewer < last
-        fetching, multiplying = REGISTERS.get((direction, width), (24, 240))
+        fetching, multiplying = REGISTERS.get((direction, width, drops), (24, 240))
 
         def highest(lines):
             return max(int(number) for line in lines for number in re.findall(r"\bR(\d+)\b", line))

@@ -26,8 +26,8 @@ AttentionCall attention_call(const AttentionParams& p) {
   AttentionCall call{};
   call.p = p;
   call.packed = p.cu_seqlens_q != nullptr;
-  call.plain = !p.bias.data && rows_share_mask(p) && !p.alibi_slopes && p.softcap == 0 && p.dropout_p == 0 &&
-               p.scale > 0 && std::isfinite(p.scale);
+  call.plain =
+      !p.bias.data && rows_share_mask(p) && !p.alibi_slopes && p.softcap == 0 && p.scale > 0 && std::isfinite(p.scale);
   call.splits = call.parts = call.pairs = call.shared_batches = call.shared_heads = 1;
   return call;
 }
@@ -74,8 +74,8 @@ gpu::Status launch_hopper_forward(const AttentionCall& call, [[maybe_unused]] co
 #ifdef TFORMER_HOPPER
   const AttentionParams& p = call.p;
   const int multiprocessors = on.device().multiprocessors;
-  const int64_t tiles =
-      (call.packed ? 1 : p.B) * p.Hq * hopper_query_tiles(call, hopper_forward_queries(std::max(p.D, p.Dv)));
+  const int64_t tiles = (call.packed ? 1 : p.B) * p.Hq *
+                        hopper_query_tiles(call, hopper_forward_queries(std::max(p.D, p.Dv), p.dropout_p > 0));
   // Equal tiles are dealt out beforehand, and so is one for each multiprocessor.
   std::optional<Tensor> ticket;
   if (tiles > multiprocessors && (p.causal != kNotCausal || p.key_lengths || call.packed)) {

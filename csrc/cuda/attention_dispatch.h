@@ -3,6 +3,8 @@
 
 #include <gpu/device.h>
 
+#include <type_traits>
+
 #include "attention_launch.h"
 
 namespace tformer::gpu {
@@ -41,7 +43,7 @@ Status for_width(const AttentionCall& call, F&& f) {
   return f(Width<256>{});
 }
 
-// f(Width, true or false type): 16-bit elements have a kernel for plain calls.
+// f(Width, true or false type): 16-bit elements have a kernel for plain calls without dropout.
 template <bool kPlain>
 struct Plain {
   static constexpr bool value = kPlain;
@@ -50,10 +52,16 @@ template <class T, class F>
 Status for_kernel(const AttentionCall& call, F&& f) {
   return for_width(call, [&](auto width) {
     if constexpr (sizeof(T) == 2) {
-      if (call.plain && call.aligned) return f(width, Plain<true>{});
+      if (call.plain && call.p.dropout_p == 0 && call.aligned) return f(width, Plain<true>{});
     }
     return f(width, Plain<false>{});
   });
+}
+
+// f(whether weights are dropped, as a type).
+template <class F>
+Status for_dropout(const AttentionCall& call, F&& f) {
+  return call.p.dropout_p > 0 ? f(std::true_type{}) : f(std::false_type{});
 }
 
 }  // namespace tformer::gpu

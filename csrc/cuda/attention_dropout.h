@@ -55,14 +55,9 @@ TFORMER_DEVICE bool is_kept(const AttentionParams& p, int b, int h, int i, int j
   const auto at = static_cast<uint32_t>(j / kKeepBlock) * kPhiloxCounters + static_cast<uint32_t>(j % 16 / 2);
   const PhiloxWords random = philox(at, static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b),
                                     static_cast<uint64_t>(*p.dropout_seed));
-  uint32_t number = 0;
-#pragma unroll
-  for (int group = 0; group < 4; ++group) {
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      if (j % kKeepBlock / 16 == group && j % 2 == odd) number = random.number(group, odd);
-    }
-  }
+  const bool first = j % kKeepBlock < 32;  // no word by a number unknown to the compiler: they would go to memory
+  const uint32_t even = first ? random.word[0] : random.word[2], odd = first ? random.word[1] : random.word[3];
+  const uint32_t number = (j % 2 ? odd : even) >> j / 16 % 2 * 16 & 0xFFFF;
   return number >= dropout_threshold(p.dropout_p);
 }
 

@@ -75,7 +75,7 @@ struct RowForward {
     if (x == -kInfinity<R>) return;
     const R weight = add_weight(scores.natural(x));
     const LaneRow<T> v(row_at<const T>(p.v, b, kv_head, seq.k_begin + j), p.Dv);
-    const bool kept = kPlain || p.dropout_p <= 0 || is_kept(p, b, h, i, j);
+    const bool kept = p.dropout_p <= 0 || is_kept(p, b, h, i, j);
     o.add(kept ? weight : R(0), v);
   }
 
@@ -95,7 +95,7 @@ struct RowForward {
 
   template <class To>
   TFORMER_DEVICE void store(To* to) {
-    const R kept = !kPlain && p.dropout_p > 0 ? static_cast<R>(dropout_scale(p.dropout_p)) : R(1);
+    const R kept = p.dropout_p > 0 ? static_cast<R>(dropout_scale(p.dropout_p)) : R(1);
     if (l != 0) o.scale(kept / l);
     o.store(to, p.Dv);
   }
@@ -120,7 +120,7 @@ TFORMER_DEVICE bool pair_gradient(const Scores<T, kPlain>& scores, int b, int h,
   const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + row;
   out.p = scores.weight(x, scores.held_lse(static_cast<const R*>(p.lse)[at]));
   R kept = 1;
-  if (!kPlain && p.dropout_p > 0) {
+  if (p.dropout_p > 0) {
     kept = is_kept(p, b, h, i, j) ? static_cast<R>(dropout_scale(p.dropout_p)) : R(0);
   }
   out.ds = out.p * (dp * kept - static_cast<R>(p.delta[at])) * cap * scores.scale;

@@ -16,6 +16,11 @@ struct PhiloxWords {
   TFORMER_DEVICE uint32_t number(int group, int odd) const {
     return word[group / 2 * 2 + odd] >> group % 2 * 16 & 0xFFFF;
   }
+  // Whether it is not below `drop_below`. Both are shifted up: then the upper halves need no other instruction.
+  TFORMER_DEVICE bool is_kept(int group, int odd, uint32_t drop_below) const {
+    const uint32_t two = word[group / 2 * 2 + odd];
+    return (group % 2 ? two : two << 16) >= drop_below << 16;
+  }
 };
 
 // Counter words: DESIGN.md, Dropout. The key is the seed.

@@ -115,7 +115,7 @@ struct BlockSum {
   }
 };
 
-// in (n) float; out: (8, n) float of what the functions of one number give.
+// in (n) float; out: (12, n) float of what the functions of one number give.
 struct Numbers {
   static constexpr int kThreads = 64;
   static TFORMER_DEVICE void run(const Buffers& p, char*) {
@@ -135,6 +135,10 @@ struct Numbers {
     to[5 * p.n] = exp2_fast(x);
     to[6 * p.n] = to_float(from_float<f16>(x));
     to[7 * p.n] = reciprocal_sqrt(absolute(x));
+    unpack_two<bf16>(pack_two_positive<bf16>(x, -x), low, high);
+    to[8 * p.n] = low, to[9 * p.n] = high;
+    unpack_two<f16>(pack_two_positive<f16>(x, -x), low, high);
+    to[10 * p.n] = low, to[11 * p.n] = high;
   }
 };
 

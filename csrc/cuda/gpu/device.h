@@ -209,6 +209,21 @@ TFORMER_DEVICE uint32_t pack_two<f16>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+// The same of the larger of each and 0; a NaN stays one.
+template <class T>
+TFORMER_DEVICE uint32_t pack_two_positive(float low, float high);
+template <>
+TFORMER_DEVICE uint32_t pack_two_positive<bf16>(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+template <>
+TFORMER_DEVICE uint32_t pack_two_positive<f16>(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
 template <class T>
 TFORMER_DEVICE void unpack_two(uint32_t bits, float& low, float& high) {
   low = to_float(T{static_cast<uint16_t>(bits)});

@@ -11,12 +11,13 @@
 // the one order in which blocks that begin together arrive one after the other, causal or not.
 #pragma once
 
+#include "attention_backward_dropout.h"
 #include "attention_backward_work.h"
 #include "box_tile.h"
 
 namespace tformer::gpu {
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kDropout>
 struct HopperBackward {
   using Shape = HopperBackwardShape<kWidth>;
   using P = TensorCores<T, 2>;
@@ -24,6 +25,7 @@ struct HopperBackward {
   static constexpr int kBuffers = 2;
   static constexpr int kThreads = kWarpgroup * (1 + kGroups);
   static constexpr int kMultiplyBarrier = 1;  // of all warps that multiply
+  static constexpr int kGroupBarrier = 2;     // of the first warpgroup that does, then of the second
   // dv is on its way before ds is made; with more queries registers would not do.
   static constexpr bool kEarly = kQueries == 64;
   using KeyTile = BoxTile<kKeys, kWidth>;
@@ -31,16 +33,18 @@ struct HopperBackward {
   using GradTile = BoxTile<kKeys, kQueries>;  // ds, transposed
   static constexpr int kSumBytes = kTileFloats * 4;
   static constexpr int kRowBytes = 2 * kQueries * 4;  // lse, as exponents, and delta
+  using Drops = GroupDropBits<kQueries>;
+  static constexpr int kDropBytes = kDropout ? kGroups * Drops::kBytes : 0;
   static constexpr int kAlign = 1024;
   static constexpr size_t kSharedBytes = kAlign + 2 * KeyTile::kBytes + 2 * kBuffers * QueryTile::kBytes +
-                                         kBuffers * GradTile::kBytes + kSumBytes + kBuffers * kRowBytes +
+                                         kBuffers * GradTile::kBytes + kSumBytes + kBuffers * kRowBytes + kDropBytes +
                                          (1 + 3 * kBuffers) * sizeof(Handover) + sizeof(HopperKeyTile) + 16;
   static_assert(kSharedBytes <= size_t{227} << 10);
 
   // Divided by hand: all begin at multiples of 1024 but what comes after the sums.
   struct Shared {
     KeyTile k, v;
-    char *q, *grad_o, *ds, *sums, *rows;
+    char *q, *grad_o, *ds, *sums, *rows, *drops;
     Handover *kv, *q_handover, *grad_o_handover, *sums_handover;
     HopperKeyTile* job;
     bool* there;  // is a job
@@ -53,7 +57,8 @@ struct HopperBackward {
           ds(grad_o + kBuffers * QueryTile::kBytes),
           sums(ds + kBuffers * GradTile::kBytes),
           rows(sums + kSumBytes),
-          kv(reinterpret_cast<Handover*>(rows + kBuffers * kRowBytes)),
+          drops(rows + kBuffers * kRowBytes),
+          kv(reinterpret_cast<Handover*>(drops + kDropBytes)),
           q_handover(kv + 1),
           grad_o_handover(q_handover + kBuffers),
           sums_handover(grad_o_handover + kBuffers),
@@ -225,6 +230,17 @@ struct HopperBackward {
     if (lane() == 0) mbarrier_arrive(&handover.empty);
   }
 
+  // Goes through tiles of queries as for_each_tile, which has more to keep.
+  struct Counter {
+    int h, tile;
+    TFORMER_DEVICE explicit Counter(const HopperKeyTile& job)
+        : h(job.kv_head * job.group_size), tile(job.first_tile + job.tiles - 1) {}
+    TFORMER_DEVICE void advance(const HopperKeyTile& job) {
+      if (tile == job.first_tile) tile += job.tiles, ++h;
+      --tile;
+    }
+  };
+
   TFORMER_DEVICE void multiply_all() const {
     float dk[2][kWidth / 4], dv[2][kWidth / 4];
     clear(dk);
@@ -233,10 +249,10 @@ struct HopperBackward {
     uint32_t weights[kQueries / 16][4], grads[kQueries / 16][4];
     if (job.tiles > 0) mbarrier_wait(&at.kv->full, 0);
     const int count = job.tiles * job.group_size;
-    int tile = job.first_tile;
+    Counter at_tile{job};
+    if constexpr (kDropout) draw(at_tile);
 #pragma unroll 1
-    for (int n = 0; n < count; ++n) {  // as for_each_tile, which has more to keep
-      tile = (tile == job.first_tile ? tile + job.tiles : tile) - 1;
+    for (int n = 0; n < count; ++n) {
       const int buffer = buffer_of(n);
       mbarrier_wait(&at.q_handover[buffer].full, phase_of(n));
       multiply_rows(s, at.k, at.q_tile(n));
@@ -244,9 +260,9 @@ struct HopperBackward {
       multiply_rows(dp, at.v, at.grad_o_tile(n));
       wgmma_wait<1>();  // the scores
       hold(s);
-      weigh(s, at.lse(n), tile * kQueries);
+      weigh(s, at.lse(n), at_tile.tile * kQueries);
       if constexpr (kEarly) {
-        pack(weights, s);
+        pack<kDropout>(weights, s);
         multiply_down(dv, weights, at.grad_o_tile(n));
         wgmma_wait<1>();  // dp
       } else {
@@ -257,9 +273,9 @@ struct HopperBackward {
       }
       hold(dp);
       differentiate(dp, s, at.delta(n));
-      pack(grads, dp);
+      pack<false>(grads, dp);
       if constexpr (!kEarly) {
-        pack(weights, s);
+        pack<kDropout>(weights, s);
         multiply_down(dv, weights, at.grad_o_tile(n));
       }
       put(grads, at.ds_tile(n));
@@ -273,6 +289,8 @@ struct HopperBackward {
       hold(dq);
       release(at.grad_o_handover[buffer]);
       send(dq, n);
+      at_tile.advance(job);
+      if (kDropout && n + 1 < count) draw(at_tile);  // beside dk's product; here registers are free
       wgmma_wait<0>();
       hold(dk);
       hold(grads);
@@ -322,7 +340,7 @@ struct HopperBackward {
     wgmma_commit();
   }
 
-  // Products become weights.
+  // Products become weights; those that are dropped are negative.
   TFORMER_DEVICE void weigh(float (&s)[2][kQueries / 4], const float* lse, int i0) const {
     if (i0 < job.all_begin || i0 + kQueries > job.all_end) {
       const KeyRangeOf<int> range = job.range(p);
@@ -344,24 +362,28 @@ struct HopperBackward {
 #pragma unroll
     for (int c = 0; c < kQueries / 4; c += 2) {
       const Two held = two_of(lse, c);
+      const uint32_t dropped = kDropout ? drops().word(P::column(c)) : 0;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& x = s[e / 2][c + e % 2];
         x = Exponent<T>::power(fma(x, unit, -held.x[e % 2]));
+        if constexpr (kDropout) x = Drops::marked(x, dropped, e / 2, e % 2);
       }
     }
   }
 
   // dp becomes ds.
-  static TFORMER_DEVICE void differentiate(float (&dp)[2][kQueries / 4], const float (&weights)[2][kQueries / 4],
-                                           const float* delta) {
+  TFORMER_DEVICE void differentiate(float (&dp)[2][kQueries / 4], const float (&weights)[2][kQueries / 4],
+                                    const float* delta) const {
 #pragma unroll
     for (int c = 0; c < kQueries / 4; c += 2) {
       const Two subtracted = two_of(delta, c);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& x = dp[e / 2][c + e % 2];
-        x = weights[e / 2][c + e % 2] * (x - subtracted.x[e % 2]);
+        const float weight = weights[e / 2][c + e % 2];
+        if constexpr (kDropout) x = weight < 0 ? 0.0f : x * given.dropout_scale;
+        x = (kDropout ? absolute(weight) : weight) * (x - subtracted.x[e % 2]);
       }
     }
   }
@@ -374,17 +396,25 @@ struct HopperBackward {
     return *reinterpret_cast<const Two*>(rows + P::column(c));
   }
 
-  // A left operand, where it is: as in TensorCores::multiply_down.
+  // A left operand, where it is: as in TensorCores::multiply_down. kPositive: what is negative becomes 0.
+  template <bool kPositive>
   static TFORMER_DEVICE void pack(uint32_t (&to)[kQueries / 16][4], const float (&s)[2][kQueries / 4]) {
 #pragma unroll
     for (int i = 0; i < kQueries / 16; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float* pair = &s[e % 2][4 * i + e / 2 * 2];
-        to[i][e] = pack_two<T>(pair[0], pair[1]);
+        to[i][e] = kPositive ? pack_two_positive<T>(pair[0], pair[1]) : pack_two<T>(pair[0], pair[1]);
       }
     }
   }
+
+  // Where all warps have met for dq since the last bits were read.
+  TFORMER_DEVICE void draw(const Counter& of) const {
+    drops().draw(given.dropout, job.b, of.h, of.tile * kQueries, job.j0 + 64 * group());
+    sync_threads_of(kGroupBarrier + group(), kWarpgroup);
+  }
+  TFORMER_DEVICE Drops drops() const { return {at.drops + group() * Drops::kBytes}; }
 
   // The warp's rows of what pack made into the tile.
   static TFORMER_DEVICE void put(const uint32_t (&packed)[kQueries / 16][4], const GradTile& tile) {
@@ -417,6 +447,7 @@ struct HopperBackward {
     const int length = call.packed ? job.Sk : static_cast<int>(p.Sk);  // keys past key_lengths get zeros
     const int first = first_row(), row0 = job.j0 + first;
     gpu::multiply_all(dk, static_cast<float>(p.scale));
+    if constexpr (kDropout) gpu::multiply_all(dv, given.dropout_scale);
     const unsigned suspects = suspect_rows<P>(dk) | suspect_rows<P>(dv);
     sync_threads_of(kMultiplyBarrier, kGroups * kWarpgroup);  // products of all warps have read keys and values
     P::put(dk, at.k, first);

@@ -8,13 +8,13 @@
 
 namespace tformer::gpu {
 
-template <class T, int kWidth>
-Status launch_hopper_backward_width(const AttentionCall& given, const HopperSums& sums, Stream stream) {
-  using Kernel = HopperBackward<T, kWidth>;
-  HopperBackwardCall call{};
-  call.call = given;
-  call.sums = sums.sums, call.turns = sums.turns, call.ticket = sums.turns + hopper_slots(given);
+template <class Kernel, class QueryKernel>
+Status launch_hopper_backward_kernels(const AttentionCall& given, const HopperSums& sums, Stream stream) {
   const AttentionParams& p = given.p;
+  HopperBackwardCall call{};
+  call.call = given, call.dropout = dropout_params(p.dropout_p, p.dropout_seed);
+  call.dropout_scale = static_cast<float>(call.dropout.scale);
+  call.sums = sums.sums, call.turns = sums.turns, call.ticket = sums.turns + hopper_slots(given);
   const int64_t batches = given.packed ? 1 : p.B;
   WorkGrid& grid = call.call.grid;
   grid = grid_of(given, Kernel::kKeys, p.Sk, p.Hk, p.Sq * p.Hq / p.Hk);
@@ -26,8 +26,15 @@ Status launch_hopper_backward_width(const AttentionCall& given, const HopperSums
   if (status == kSuccess) status = launch<Kernel>({grid.blocks()}, Kernel::kSharedBytes, stream, call);
   if (status != kSuccess) return status;
   grid = grid_of(given, Kernel::kQueries, p.Sq, p.Hq, 0);
-  using QueryKernel = HopperQueryGradients<T, kWidth>;
   return launch<QueryKernel>({grid.blocks()}, QueryKernel::kSharedBytes, stream, call);
+}
+
+template <class T, int kWidth>
+Status launch_hopper_backward_width(const AttentionCall& call, const HopperSums& sums, Stream stream) {
+  return for_dropout(call, [&](auto drops) {
+    using Kernel = HopperBackward<T, kWidth, decltype(drops)::value>;
+    return launch_hopper_backward_kernels<Kernel, HopperQueryGradients<T, kWidth>>(call, sums, stream);
+  });
 }
 
 template <class T>

@@ -16,12 +16,13 @@
 namespace tformer::gpu {
 
 // Registers of a thread: o, kWidth / 2; scores, kKeys / 2; weights, kKeys / 4. Shared memory: two tiles of queries (one
-// of width 256), two of keys, two of values, up to 224 KB.
-template <int kWidth>
+// of width 256), two of keys, two of values, up to 224 KB. Dropout wants whole blocks of its counters.
+template <int kWidth, bool kDropout>
 struct HopperShape {
-  static constexpr int kGroups = kWidth == 64 ? 3 : 2;  // warpgroups that multiply
-  static constexpr int kKeys = kWidth == 256 ? 80 : kWidth == 128 ? 128 : 112;
-  static constexpr int kRows = hopper_forward_queries(kWidth);
+  static constexpr int kGroups = kWidth == 64 && !kDropout ? 3 : 2;  // warpgroups that multiply
+  static constexpr int kKeys = kDropout ? (kWidth == 256 ? 64 : 128) : kWidth == 256 ? 80 : kWidth == 128 ? 128 : 112;
+  static constexpr int kRows = hopper_forward_queries(kWidth, kDropout);
+  static_assert(!kDropout || kKeys % kPhiloxBlock == 0);
   static_assert(kRows == 64 * kGroups);
   // of the 168 (three groups: 128) each that a block is launched with; the fetching warpgroup gives up what others need
   static constexpr int kFetchRegisters = kGroups == 2 ? 24 : 32, kRegisters = kGroups == 2 ? 240 : 160;
@@ -52,9 +53,9 @@ struct HopperTile {
   }
 };
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kDropout>
 struct HopperForward {
-  using Shape = HopperShape<kWidth>;
+  using Shape = HopperShape<kWidth, kDropout>;
   using P = TensorCores<T, 2>;
   static constexpr int kGroups = Shape::kGroups, kRows = Shape::kRows, kKeys = Shape::kKeys;
   static constexpr int kBuffers = 2, kQueryBuffers = kWidth == 256 ? 1 : 2;
@@ -223,7 +224,9 @@ struct HopperForward {
         finish_scores<P>(anew, s, tile.b, first_row(tile), key0, 0, anew.range.Sk);
       }
       hide_keys<P>(scores, s, key0);
-      return any(softmax.weigh(scores, s, rescale));
+      const bool grown = any(softmax.weigh(scores, s, rescale));
+      if constexpr (kDropout) drop(s, tile, key0);
+      return grown;
     };
 
     if (tile.count > 0) {
@@ -271,6 +274,28 @@ struct HopperForward {
       release(v_handover[buffer_of(last)]);
     }
     finish(tile, queries, o, softmax);
+  }
+
+  // Weights that are dropped become 0, in the sums of rows they stay. Of 64 keys a lane holds those that counters t and
+  // 4 + t serve, t = lane % 4, and no others: philox.h.
+  TFORMER_DEVICE void drop(float (&s)[2][kKeys / 4], const HopperTile& tile, int key0) const {
+    const auto seed = static_cast<uint64_t>(*given.dropout.seed);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 32; ++n) {  // a counter each
+        const int block = n / 2, half = n % 2;
+        const auto at = static_cast<uint32_t>((key0 / kKeepBlock + block) * static_cast<int>(kPhiloxCounters) +
+                                              4 * half + lane() % 4);
+        const PhiloxWords random = philox(at, static_cast<uint32_t>(first_row(tile) + P::row(r)),
+                                          static_cast<uint32_t>(tile.h), static_cast<uint32_t>(tile.b), seed);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          float& x = s[r][2 * (8 * block + 2 * (e / 2) + half) + e % 2];
+          x = random.is_kept(e / 2, e % 2, given.dropout.drop_below) ? x : 0.0f;
+        }
+      }
+    }
   }
 
   TFORMER_DEVICE void multiply_keys(float (&s)[2][kKeys / 4], const QueryTile& queries, int n) const {
@@ -324,9 +349,9 @@ struct HopperForward {
     const int row0 = first_row(tile);
     float* lse = static_cast<float*>(p.lse) + tile.b * p.lse_stride[0] + tile.h * p.lse_stride[1] + seq.q_begin;
     const bool has_sink = p.sinks != nullptr;
-    const unsigned suspects =
-        softmax.template finish_rows<P>(scores, o, row0, has_sink, has_sink ? sink_of<float>(p, tile.h) : 0.0f, 1.0f,
-                                        [&](int i) -> float& { return lse[i]; });
+    const unsigned suspects = softmax.template finish_rows<P>(
+        scores, o, row0, has_sink, has_sink ? sink_of<float>(p, tile.h) : 0.0f,
+        kDropout ? static_cast<float>(given.dropout.scale) : 1.0f, [&](int i) -> float& { return lse[i]; });
     sync_threads_of(kGroupBarrier + group(), kWarpgroup);  // products of all four warps have read the queries
     P::put(o, queries, row0 - tile.i0);
     store_rows(queries, row0 - tile.i0, 16, row_at<T>(p.o, tile.b, tile.h, seq.q_begin + row0), p.o.stride[2],

@@ -9,23 +9,30 @@
 
 namespace tformer::gpu {
 
+template <class Kernel>
+Status launch_hopper_forward_kernel(const AttentionCall& given, int blocks, int32_t* ticket, Stream stream) {
+  const AttentionParams& p = given.p;
+  HopperForwardCall call{};
+  call.call = given, call.dropout = dropout_params(p.dropout_p, p.dropout_seed), call.ticket = ticket;
+  const int64_t batches = given.packed ? 1 : p.B;
+  WorkGrid& grid = call.call.grid;
+  grid = grid_of(given, Kernel::kRows, p.Sq, p.Hq, p.Sk * p.Hk / p.Hq);
+  grid.last_tile_first = p.causal != kNotCausal;
+  if (grid.blocks() == 0) return kSuccess;
+  Status status = map_of(call.q, p.q, p.D, p.Sq, p.Hq, batches, Kernel::kRows);
+  if (status == kSuccess) status = map_of(call.k, p.k, p.D, p.Sk, p.Hk, batches, Kernel::kKeys);
+  if (status == kSuccess) status = map_of(call.v, p.v, p.Dv, p.Sk, p.Hk, batches, Kernel::kKeys);
+  if (status != kSuccess) return status;
+  return launch<Kernel>({std::min<int64_t>(blocks, grid.blocks())}, Kernel::kSharedBytes, stream, call);
+}
+
 template <class T>
-Status launch_hopper_forward(const AttentionCall& given, int blocks, int32_t* ticket, Stream stream) {
-  return for_width(given, [&](auto width) {
-    using Kernel = HopperForward<T, decltype(width)::value>;
-    HopperForwardCall call{};
-    call.call = given, call.ticket = ticket;
-    const AttentionParams& p = given.p;
-    const int64_t batches = given.packed ? 1 : p.B;
-    WorkGrid& grid = call.call.grid;
-    grid = grid_of(given, Kernel::kRows, p.Sq, p.Hq, p.Sk * p.Hk / p.Hq);
-    grid.last_tile_first = p.causal != kNotCausal;
-    if (grid.blocks() == 0) return kSuccess;
-    Status status = map_of(call.q, p.q, p.D, p.Sq, p.Hq, batches, Kernel::kRows);
-    if (status == kSuccess) status = map_of(call.k, p.k, p.D, p.Sk, p.Hk, batches, Kernel::kKeys);
-    if (status == kSuccess) status = map_of(call.v, p.v, p.Dv, p.Sk, p.Hk, batches, Kernel::kKeys);
-    if (status != kSuccess) return status;
-    return launch<Kernel>({std::min<int64_t>(blocks, grid.blocks())}, Kernel::kSharedBytes, stream, call);
+Status launch_hopper_forward(const AttentionCall& call, int blocks, int32_t* ticket, Stream stream) {
+  return for_width(call, [&](auto width) {
+    return for_dropout(call, [&](auto drops) {
+      using Kernel = HopperForward<T, decltype(width)::value, decltype(drops)::value>;
+      return launch_hopper_forward_kernel<Kernel>(call, blocks, ticket, stream);
+    });
   });
 }
 

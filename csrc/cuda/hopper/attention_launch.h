@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../attention_launch.h"
+#include "../dropout_params.h"
 #include "../gpu/tensor_map.h"
 #include "../gpu/types.h"
 
@@ -14,7 +15,7 @@ enum class HopperRefusal : int64_t {
   device = 2,      // compute capability is not 9.0
   not_built = 3,   // TFORMER_CUDA_ARCHS has no 90
   operands = 4,    // more than scale, causal, window, key lengths, mask by keys (backward: of all heads), packed
-                   // sequences and sinks
+                   // sequences, sinks and dropout
   split = 5,       // few queries and long keys: the keys are split
   layout = 6,      // not multiples of 16 bytes, an expanded dimension, no keys; backward: no queries
   not_wanted = 7,  // TFORMER_EXT_SM90 is 0
@@ -25,11 +26,12 @@ enum class HopperRefusal : int64_t {
 struct HopperForwardCall {
   gpu::TensorMap q, k, v;
   AttentionCall call;
+  DropoutParams dropout;
   int32_t* ticket;
 };
 
 // Rows of a forward tile of queries, and tiles of a head; all sequences where packed.
-constexpr int hopper_forward_queries(int64_t width) { return width <= 64 ? 192 : 128; }
+constexpr int hopper_forward_queries(int64_t width, bool drops) { return width <= 64 && !drops ? 192 : 128; }
 constexpr int64_t hopper_query_tiles(const AttentionCall& call, int rows) {
   return call.packed ? call.p.Sq / rows + call.p.B : (call.p.Sq + rows - 1) / rows;
 }
@@ -50,6 +52,8 @@ struct HopperSums {
 struct HopperBackwardCall {
   gpu::TensorMap q, k, v, grad_o;
   AttentionCall call;
+  DropoutParams dropout;
+  float dropout_scale;  // as float
   float* sums;
   int32_t *turns, *ticket;
 };

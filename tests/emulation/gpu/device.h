@@ -256,6 +256,10 @@ uint32_t pack_two(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 template <class T>
+uint32_t pack_two_positive(float low, float high) {
+  return pack_two<T>(low < 0 ? 0.0f : low, high < 0 ? 0.0f : high);
+}
+template <class T>
 void unpack_two(uint32_t bits, float& low, float& high) {
   low = to_float(T{static_cast<uint16_t>(bits)});
   high = to_float(T{static_cast<uint16_t>(bits >> 16)});
