@@ -131,15 +131,23 @@ struct HopperBackward {
     }
   }
 
-  // f(n, head, first query) for each tile of queries, in order. By whole warps.
+  // Goes through the tiles of queries, through each of all heads: so a block that has fewer tiles of a head never waits
+  // for one that has more, as it would where heads came one after the other.
+  struct Counter {
+    int left, tile;  // heads, the present one among them
+    TFORMER_DEVICE explicit Counter(const HopperKeyTile& job)
+        : left(job.group_size), tile(job.first_tile + job.tiles - 1) {}
+    TFORMER_DEVICE int head(const HopperKeyTile& job) const { return (job.kv_head + 1) * job.group_size - left; }
+    TFORMER_DEVICE void advance(const HopperKeyTile& job) {
+      if (--left == 0) left = job.group_size, --tile;
+    }
+  };
+  // f(n, head, first query) for each, in order. By whole warps.
   template <class F>
   TFORMER_DEVICE void for_each_tile(F&& f) const {
     int n = 0;
 #pragma unroll 1
-    for (int h = job.kv_head * job.group_size; h < (job.kv_head + 1) * job.group_size; ++h) {
-#pragma unroll 1
-      for (int tile = job.first_tile + job.tiles - 1; tile >= job.first_tile; --tile, ++n) f(n, h, tile * kQueries);
-    }
+    for (Counter at{job}; at.tile >= job.first_tile; at.advance(job), ++n) f(n, at.head(job), at.tile * kQueries);
   }
 
   // ---- The warps that fetch and send. ----
@@ -229,17 +237,6 @@ struct HopperBackward {
     sync_warp();
     if (lane() == 0) mbarrier_arrive(&handover.empty);
   }
-
-  // Goes through tiles of queries as for_each_tile, which has more to keep.
-  struct Counter {
-    int h, tile;
-    TFORMER_DEVICE explicit Counter(const HopperKeyTile& job)
-        : h(job.kv_head * job.group_size), tile(job.first_tile + job.tiles - 1) {}
-    TFORMER_DEVICE void advance(const HopperKeyTile& job) {
-      if (tile == job.first_tile) tile += job.tiles, ++h;
-      --tile;
-    }
-  };
 
   TFORMER_DEVICE void multiply_all() const {
     float dk[2][kWidth / 4], dv[2][kWidth / 4];
@@ -411,7 +408,7 @@ struct HopperBackward {
 
   // Where all warps have met for dq since the last bits were read.
   TFORMER_DEVICE void draw(const Counter& of) const {
-    drops().draw(given.dropout, job.b, of.h, of.tile * kQueries, job.j0 + 64 * group());
+    drops().draw(given.dropout, job.b, of.head(job), of.tile * kQueries, job.j0 + 64 * group());
     sync_threads_of(kGroupBarrier + group(), kWarpgroup);
   }
   TFORMER_DEVICE Drops drops() const { return {at.drops + group() * Drops::kBytes}; }
