@@ -39,6 +39,12 @@ def multiply_across(dtype, N):
     return a, b, a.double().T @ b.double()
 
 
+def multiply_down(dtype, N):
+    """a (64, 64), b (64, N), and a b."""
+    a, b, _ = multiply_across(dtype, N)
+    return a, b, a.double() @ b.double()
+
+
 def chain():
     """What twelve blocks add to, float32 (64) and two int32 words, and what becomes of it: rounded in their order."""
     sums = torch.zeros(64)

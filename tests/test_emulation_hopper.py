@@ -4,7 +4,16 @@ import re
 
 import pytest
 import torch
-from hopper_wrappers import boxes_of, boxes_source, chain, multiply_across, multiply_registers, multiply_shared, ring
+from hopper_wrappers import (
+    boxes_of,
+    boxes_source,
+    chain,
+    multiply_across,
+    multiply_down,
+    multiply_registers,
+    multiply_shared,
+    ring,
+)
 
 
 @pytest.fixture
@@ -28,7 +37,7 @@ def test_boxes_are_swizzled_and_end_in_zeros(hopper, seed):
     assert torch.equal(out, boxes_of(source))
 
 
-@pytest.mark.parametrize("dtype, N", [("bf16", 64), ("bf16", 80), ("bf16", 112), ("f16", 128)])
+@pytest.mark.parametrize("dtype, N", [("bf16", 32), ("bf16", 64), ("bf16", 80), ("bf16", 112), ("f16", 128)])
 @pytest.mark.parametrize("n", [0, 1])
 def test_products_of_shared_operands(hopper, dtype, N, n):
     a, b, c, expected = multiply_shared(dtype, N, n)
@@ -36,11 +45,12 @@ def test_products_of_shared_operands(hopper, dtype, N, n):
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128)])
-def test_products_across_rows(hopper, dtype, N):
-    a, b, expected = multiply_across(dtype, N)
+@pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128), ("bf16", 128)])
+@pytest.mark.parametrize("name, of", [("across", multiply_across), ("down", multiply_down)])
+def test_products_down_columns(hopper, name, of, dtype, N):
+    a, b, expected = of(dtype, N)
     out = torch.empty(64, N)
-    ran(hopper.run_hopper_wrapper(f"across_{dtype}_{N}", a, b, out, rows=(64, 64)))
+    ran(hopper.run_hopper_wrapper(f"{name}_{dtype}_{N}", a, b, out, rows=(64, 64)))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 

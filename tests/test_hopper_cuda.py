@@ -6,7 +6,16 @@ import pytest
 import torch
 from cases import tensors
 from hopper_cases import BACKWARD_CASES, DTYPES, HOPPER_CASES, check_gradients, check_values
-from hopper_wrappers import boxes_of, boxes_source, chain, multiply_across, multiply_registers, multiply_shared, ring
+from hopper_wrappers import (
+    boxes_of,
+    boxes_source,
+    chain,
+    multiply_across,
+    multiply_down,
+    multiply_registers,
+    multiply_shared,
+    ring,
+)
 
 import tformer_ext as tx
 from tformer_ext import _C
@@ -53,7 +62,7 @@ def test_boxes(hardware):
 
 
 # What tensor cores leave off in sums of 64 is some 1e-5; an element in the wrong place is 1 and more.
-@pytest.mark.parametrize("dtype, N", [("bf16", 64), ("bf16", 80), ("bf16", 112), ("f16", 128)])
+@pytest.mark.parametrize("dtype, N", [("bf16", 32), ("bf16", 64), ("bf16", 80), ("bf16", 112), ("f16", 128)])
 @pytest.mark.parametrize("n", [0, 1])
 def test_products_of_shared_operands(dtype, N, n, hardware):
     a, b, c, expected = multiply_shared(dtype, N, n)
@@ -61,10 +70,11 @@ def test_products_of_shared_operands(dtype, N, n, hardware):
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128)])
-def test_products_across_rows(dtype, N, hardware):
-    a, b, expected = multiply_across(dtype, N)
-    out = run(hardware, f"across_{dtype}_{N}", a, b, torch.zeros(64, N), rows=(64, 64))
+@pytest.mark.parametrize("dtype, N", [("bf16", 64), ("f16", 128), ("bf16", 128)])
+@pytest.mark.parametrize("name, of", [("across", multiply_across), ("down", multiply_down)])
+def test_products_down_columns(name, of, dtype, N, hardware):
+    a, b, expected = of(dtype, N)
+    out = run(hardware, f"{name}_{dtype}_{N}", a, b, torch.zeros(64, N), rows=(64, 64))
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -101,9 +101,9 @@ struct MultiplyShared {
   }
 };
 
-// out (64, kN) = in (64, 64) transposed times more (64, kN), in boxes of 64 columns.
-template <class T, int kN>
-struct MultiplyAcross {
+// out (64, kN) = in (64, 64), transposed if kAcross, times more (64, kN), in boxes of 64 columns.
+template <class T, int kN, bool kAcross>
+struct MultiplyDown {
   static constexpr int kThreads = 128;
   static TFORMER_DEVICE void run(const MappedBuffers& p, char* shared) {
     const Operands at(shared);
@@ -118,7 +118,11 @@ struct MultiplyAcross {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int from = 16 * k * kBoxRowBytes;
-      Wgmma<T, kN>::across(d, advance(a, from), advance(b, from), k > 0);
+      if constexpr (kAcross) {
+        Wgmma<T, kN>::across(d, advance(a, from), advance(b, from), k > 0);
+      } else {
+        Wgmma<T, kN>::down(d, advance(a, 32 * k), advance(b, from), k > 0);
+      }
     }
     finish_product<kN>(p, d);
   }
@@ -306,12 +310,17 @@ struct Named {
 
 constexpr Named kKernels[] = {
     {"boxes", run_mapped<Boxes>},
+    {"shared_bf16_32", run_mapped<MultiplyShared<bf16, 32>>},
     {"shared_bf16_64", run_mapped<MultiplyShared<bf16, 64>>},
     {"shared_bf16_80", run_mapped<MultiplyShared<bf16, 80>>},
     {"shared_bf16_112", run_mapped<MultiplyShared<bf16, 112>>},
     {"shared_f16_128", run_mapped<MultiplyShared<f16, 128>>},
-    {"across_bf16_64", run_mapped<MultiplyAcross<bf16, 64>>},
-    {"across_f16_128", run_mapped<MultiplyAcross<f16, 128>>},
+    {"across_bf16_64", run_mapped<MultiplyDown<bf16, 64, true>>},
+    {"across_bf16_128", run_mapped<MultiplyDown<bf16, 128, true>>},
+    {"across_f16_128", run_mapped<MultiplyDown<f16, 128, true>>},
+    {"down_bf16_64", run_mapped<MultiplyDown<bf16, 64, false>>},
+    {"down_bf16_128", run_mapped<MultiplyDown<bf16, 128, false>>},
+    {"down_f16_128", run_mapped<MultiplyDown<f16, 128, false>>},
     {"registers_bf16_64", run_mapped<MultiplyRegisters<bf16, 64, 1>>},
     {"registers_f16_128", run_mapped<MultiplyRegisters<f16, 128, 1>>},
     {"registers_bf16_256", run_mapped<MultiplyRegisters<bf16, 128, 2>>},

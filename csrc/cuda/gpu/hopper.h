@@ -191,6 +191,7 @@ TFORMER_DEVICE void hold(X (&x)[kRows][kColumns]) {
 // c % 2), and a in registers is spread as for mma_16x8x16 (Register Fragments for wgmma.m64nNk16).
 //   shared(d, a, b): descriptors, K-major both: element (i, k) of a, (j, k) of the transposed b along rows in memory.
 //   across(d, a, b): M-major and N-major: element (i, k) of a, (k, j) of b in row k of memory.
+//   down(d, a, b): a as for shared, b as for across.
 //   registers<kFirst>(d, a, b): b N-major; columns of d from kFirst on.
 // wgmma.mma_async: m64nNk16, scale-d by predicate, imm-scale-a and -b 1, imm-trans-a and -b 0 or 1.
 template <class T, int kN>
@@ -204,6 +205,8 @@ struct Wgmma;
 #define TFORMER_R32_1 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define TFORMER_R32_2 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define TFORMER_R32_3 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TFORMER_D_32 TFORMER_D32(0)
+#define TFORMER_R_32 TFORMER_R32_0
 #define TFORMER_D_64 TFORMER_D32(0), TFORMER_D32(4)
 #define TFORMER_R_64 TFORMER_R32_0 ", " TFORMER_R32_1
 #define TFORMER_D_80 TFORMER_D_64, TFORMER_D8(8), TFORMER_D8(9)
@@ -233,6 +236,7 @@ struct Wgmma;
   struct Wgmma<T, kN> {                                                                                            \
     TFORMER_WGMMA_SHARED(shared, T, kN, n, n0, n1, n2, 0, 0)                                                       \
     TFORMER_WGMMA_SHARED(across, T, kN, n, n0, n1, n2, 1, 1)                                                       \
+    TFORMER_WGMMA_SHARED(down, T, kN, n, n0, n1, n2, 0, 1)                                                         \
     template <int kFirst, int kC>                                                                                  \
     static TFORMER_DEVICE void registers(float (&d)[2][kC], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
       static_assert(4 * (kC - kFirst) >= kN);                                                                      \
@@ -245,10 +249,12 @@ struct Wgmma;
     }                                                                                                              \
   };
 
+TFORMER_WGMMA(bf16, 32, 32, 16, 17, 18, 19, 20, 21)
 TFORMER_WGMMA(bf16, 64, 64, 32, 33, 34, 35, 36, 37)
 TFORMER_WGMMA(bf16, 80, 80, 40, 41, 42, 43, 44, 45)
 TFORMER_WGMMA(bf16, 112, 112, 56, 57, 58, 59, 60, 61)
 TFORMER_WGMMA(bf16, 128, 128, 64, 65, 66, 67, 68, 69)
+TFORMER_WGMMA(f16, 32, 32, 16, 17, 18, 19, 20, 21)
 TFORMER_WGMMA(f16, 64, 64, 32, 33, 34, 35, 36, 37)
 TFORMER_WGMMA(f16, 80, 80, 40, 41, 42, 43, 44, 45)
 TFORMER_WGMMA(f16, 112, 112, 56, 57, 58, 59, 60, 61)
@@ -264,6 +270,8 @@ TFORMER_WGMMA(f16, 128, 128, 64, 65, 66, 67, 68, 69)
 #undef TFORMER_D_80
 #undef TFORMER_R_64
 #undef TFORMER_D_64
+#undef TFORMER_R_32
+#undef TFORMER_D_32
 #undef TFORMER_R32_3
 #undef TFORMER_R32_2
 #undef TFORMER_R32_1

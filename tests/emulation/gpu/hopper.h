@@ -111,6 +111,12 @@ struct Wgmma {
     emulation::start_product({"Wgmma::across", file, line},
                              {{d[0], d[1]}, nullptr, a, b, kN, accumulate, true, true, &wide});
   }
+  template <int kC>
+  static void down(float (&d)[2][kC], uint64_t a, uint64_t b, bool accumulate, TFORMER_SITE) {
+    static_assert(4 * kC == kN);
+    emulation::start_product({"Wgmma::down", file, line},
+                             {{d[0], d[1]}, nullptr, a, b, kN, accumulate, false, true, &wide});
+  }
   template <int kFirst, int kC>
   static void registers(float (&d)[2][kC], const uint32_t (&a)[4], uint64_t b, bool accumulate, TFORMER_SITE) {
     static_assert(4 * (kC - kFirst) >= kN);
