@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc/cuda/hopper"
 NVCC = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda", "bin", "nvcc")
 FLAGS = ["-c", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
-WIDTHS = {"forward": (64, 128, 256), "backward": (64, 128)}
+WIDTHS = {"forward": (64, 128, 256), "backward": (64, 128, 256)}
 # Forward: a tile of keys by head dimension, of which one warp has 16 rows: exponents of a thread, products.
 KEYS = {False: {64: 112, 128: 128, 256: 80}, True: {64: 128, 128: 128, 256: 64}}  # without and with dropout
-# Backward: a tile of queries; one of keys has 128, 64 for each warpgroup.
-QUERIES = {64: 128, 128: 64}
+# Backward: a tile of queries, and one of keys.
+QUERIES, BACKWARD_KEYS = {64: 128, 128: 64, 256: 64}, {64: 128, 128: 128, 256: 64}
+SCORES = {64: 128, 128: 64, 256: 32}  # queries of a warpgroup
 REGISTERS = {("forward", 64, False): (32, 160)}  # else (24, 240)
 
 pytestmark = [
@@ -65,8 +66,8 @@ def test_nothing_is_spilled(compiled, direction, dtype):
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     kernels = len(WIDTHS[direction]) * (3 if direction == "backward" else 2)  # and the one that writes dq
     assert len(spills) == kernels, said
-    # of width 64 with dropout: a word that is read once a tile
-    assert [spill for spill in spills if spill != ("0", "0", "0")] in ([], [("8", "4", "4")]), said
+    # of width 64 with dropout: two words that are read once a tile
+    assert [spill for spill in spills if spill != ("0", "0", "0")] in ([], [("8", "8", "8")]), said
 
 
 def find_cuobjdump() -> tuple[Path, str] | None:
@@ -90,10 +91,11 @@ def machine_code(compiled):
         text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         functions = {}
         for part in text.split("Function : ")[1:]:
-            found = re.search(rf"Hopper{direction.capitalize()}I\w+?Li(\d+)ELb([01])E", part.partition("\n")[0])
+            name = part.partition("\n")[0]
+            found = re.search(rf"Hopper(Wide)?{direction.capitalize()}I\w+?(?:Li(\d+)E)?Lb([01])E", name)
             if found:
                 instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*[^;]*);", part)
-                functions[int(found.group(1)), found.group(2) == "1"] = instructions
+                functions[int(found.group(2) or 256), found.group(3) == "1"] = instructions
         assert sorted(functions) == [(width, drops) for width in WIDTHS[direction] for drops in (False, True)]
         return functions
 
@@ -142,26 +144,32 @@ def test_softmax_runs_beside_a_product(machine_code, dtype, width, drops):
 @of("backward")
 def test_instructions_of_backward(machine_code, dtype, width, drops):
     code, queries, boxes = machine_code("backward", dtype)[width, drops], QUERIES[width], width // 64
-    shapes = {64: 0, 128: 0}
-    shapes[queries] += 2 * width // 16  # scores and dp
-    shapes[width] += 2 * queries // 16  # dv and dk
-    shapes[64] += 128 // 16  # dq
+    times = 2 if width == 256 else 1  # the first scores and the others; the last gradients and the others
+    shapes = {32: 0, 64: 0, 128: 0}
+    shapes[SCORES[width]] += 2 * width // 16 * times  # scores and dp
+    shapes[min(width, 128)] += 2 * queries // 16 * times  # dv and dk
+    shapes[64 * times] += BACKWARD_KEYS[width] // 16 * times  # dq
     for columns, expected in shapes.items():
         assert count(code, f"HGMMA.64x{columns}x16") == expected
     assert sum(".tnspA" in line for line in code) == 128 // 16
     assert count(code, "UTMALDG.4D") == 4 * boxes
     assert count(code, "UBLKRED.G.S.ADD.F32") == count(code, "UBLKCP.G.S") == 1
     assert count(code, "USETMAXREG") == 2
-    assert count(code, "LDL") + count(code, "STL") <= (2 if drops and width == 64 else 0)
+    assert count(code, "LDL") + count(code, "STL") <= (4 if drops and width == 64 else 0)
     assert not count(code, "HMMA")
 
 
 @of("backward")
 def test_weights_are_made_beside_a_product(machine_code, dtype, width, drops):
-    """The waits for scores, dp, dv and dq, dk; all exponents are between the first two, while dp is on its way."""
-    exponents = QUERIES[width] // 2
+    """The waits for scores, dp, dv and dq, dk; all exponents are between the first two, while dp is on its way.
+
+    Wide: in the loop for dv, dq, dk, scores and dp, the latter two of the next tile.
+    """
+    exponents = SCORES[width] // 2
     dp = 1 if width == 128 else 0  # narrow: dv begins later
-    assert waits_of(machine_code("backward", dtype)[width, drops]) == [(1, 0), (dp, exponents), (1, 0), (0, 0)]
+    first, gradients = [(1, 0), (dp, exponents)], [(1, 0), (0, 0)]
+    loop = [(3, 0), (2, 0), (2, 0), (1, 0), (0, exponents)] if width == 256 else []
+    assert waits_of(machine_code("backward", dtype)[width, drops]) == [*first, *loop, *gradients]
 
 
 @EACH

@@ -125,7 +125,7 @@ def test_runs_have_the_same_bits(D, causal, kernels):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (300, 100)}], ids=str)
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("heads", [16, 2])
 def test_backward_runs_have_the_same_bits(D, options, heads, kernels):
     """Enough blocks for every multiprocessor, several times over: all wait for each other's sums."""
@@ -139,10 +139,11 @@ def test_backward_runs_have_the_same_bits(D, options, heads, kernels):
             assert torch.equal(a, b)
 
 
-def test_backward_in_a_graph(kernels):
+@pytest.mark.parametrize("D", [128, 256])
+def test_backward_in_a_graph(D, kernels):
     """Turns and the ticket begin anew in every replay."""
-    q, k, v = (torch.randn(2, 4, 300, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    cotangent = torch.randn(2, 4, 300, 128, dtype=torch.bfloat16)
+    q, k, v = (torch.randn(2, 4, 300, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    cotangent = torch.randn(2, 4, 300, D, dtype=torch.bfloat16)
 
     def gradients():
         return torch.autograd.grad(F.attention(q, k, v, causal=True), (q, k, v), cotangent)

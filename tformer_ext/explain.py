@@ -46,7 +46,6 @@ HOPPER_REFUSALS = {
     5: ("split", "there are few queries for many keys, so the keys are split over blocks"),
     6: ("layout", "addresses or strides are no multiples of 16 bytes, a dimension is expanded, or there are no keys"),
     7: ("not_wanted", "TFORMER_EXT_SM90=0 in the environment turns them off"),
-    8: ("width", "head dimensions above 128 would want more registers than there are"),
 }
 
 SECOND_DERIVATIVE = "a second derivative runs through the reference in PyTorch operations"

@@ -55,9 +55,11 @@ TFORMER_DEVICE bool is_kept(const AttentionParams& p, int b, int h, int i, int j
   const auto at = static_cast<uint32_t>(j / kKeepBlock) * kPhiloxCounters + static_cast<uint32_t>(j % 16 / 2);
   const PhiloxWords random = philox(at, static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b),
                                     static_cast<uint64_t>(*p.dropout_seed));
-  const bool first = j % kKeepBlock < 32;  // no word by a number unknown to the compiler: they would go to memory
-  const uint32_t even = first ? random.word[0] : random.word[2], odd = first ? random.word[1] : random.word[3];
-  const uint32_t number = (j % 2 ? odd : even) >> j / 16 % 2 * 16 & 0xFFFF;
+  // put together, since a word by its number would go to memory
+  const uint64_t first = static_cast<uint64_t>(random.word[1]) << 32 | random.word[0];
+  const uint64_t second = static_cast<uint64_t>(random.word[3]) << 32 | random.word[2];
+  const uint64_t words = j % kKeepBlock < 32 ? first : second;
+  const auto number = static_cast<uint32_t>(words >> (j % 2 * 32 + j / 16 % 2 * 16)) & 0xFFFF;
   return number >= dropout_threshold(p.dropout_p);
 }
 

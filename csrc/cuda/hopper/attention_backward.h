@@ -11,9 +11,7 @@
 // the one order in which blocks that begin together arrive one after the other, causal or not.
 #pragma once
 
-#include "attention_backward_dropout.h"
 #include "attention_backward_work.h"
-#include "box_tile.h"
 
 namespace tformer::gpu {
 
@@ -86,27 +84,10 @@ struct HopperBackward {
   }
 
   static TFORMER_DEVICE void begin(const HopperBackwardCall& given, const Shared& at) {
-    const AttentionCall& call = given.call;
-    const AttentionParams& p = call.p;
-    const int ticket = shuffle_index(lane() == 0 ? take_ticket(given.ticket) : 0, 0);
-    Work work = work_of(call.grid, ticket);
-    int64_t b = work.head / p.Hk, h = work.head % p.Hk;
-    bool there = true;
-    if (call.packed) {
-      h = work.head;
-      there = find_sequence(p.cu_seqlens_k, p.B, kKeys, work.tile, b);
-    }
-    if (lane() == 0) *at.there = there;
-    if (!there) return;
-    const int job_b = static_cast<int>(b), tile = static_cast<int>(work.tile);
-    const Scores<T, true> scores(p, sequence_of(p, job_b), job_b, 0);  // heads share a mask
-    uint32_t shown[kKeys / kWarp];
-    for (int n = 0; n < kKeys / kWarp; ++n) {
-      const int j = tile * kKeys + n * kWarp + lane();
-      shown[n] = ballot(j >= scores.range.Sk || scores.shows_key(j));
-    }
+    const bool there = take_key_tile<T, kKeys, kQueries>(given, at.job);
     if (lane() != 0) return;
-    *at.job = HopperKeyTile(p, job_b, static_cast<int>(h), tile, kKeys, kQueries, shown);
+    *at.there = there;
+    if (!there) return;
     mbarrier_init(&at.kv->full, 2);
     for (int n = 0; n < kBuffers; ++n) {
       mbarrier_init(&at.q_handover[n].full, 2);  // queries; lse and delta
@@ -123,31 +104,12 @@ struct HopperBackward {
     if (thread_index() < kWarpgroup) {
       fewer_registers<Shape::kFetchRegisters>();
       if (warp() == 0) fetch_all();
-      if (warp() == 1) fetch_rows();
+      if (warp() == 1) fetch_query_rows<T, kQueries>(p, job, at.lse(0), at.q_handover);
       if (warp() >= 2) add_sums(warp() - 2);
     } else {
       more_registers<Shape::kRegisters>();
       multiply_all();
     }
-  }
-
-  // Goes through the tiles of queries, through each of all heads: so a block that has fewer tiles of a head never waits
-  // for one that has more, as it would where heads came one after the other.
-  struct Counter {
-    int left, tile;  // heads, the present one among them
-    TFORMER_DEVICE explicit Counter(const HopperKeyTile& job)
-        : left(job.group_size), tile(job.first_tile + job.tiles - 1) {}
-    TFORMER_DEVICE int head(const HopperKeyTile& job) const { return (job.kv_head + 1) * job.group_size - left; }
-    TFORMER_DEVICE void advance(const HopperKeyTile& job) {
-      if (--left == 0) left = job.group_size, --tile;
-    }
-  };
-  // f(n, head, first query) for each, in order. By whole warps.
-  template <class F>
-  TFORMER_DEVICE void for_each_tile(F&& f) const {
-    int n = 0;
-#pragma unroll 1
-    for (Counter at{job}; at.tile >= job.first_tile; at.advance(job), ++n) f(n, at.head(job), at.tile * kQueries);
   }
 
   // ---- The warps that fetch and send. ----
@@ -159,68 +121,20 @@ struct HopperBackward {
       at.v.load(&given.v, job.k_begin + job.j0, job.kv_head, batch, &at.kv->full);
     }
     sync_warp();
-    for_each_tile([&](int n, int h, int i0) {
-      fetch(at.q_tile(n), given.q, at.q_handover[buffer_of(n)], n, job.q_begin + i0, h, batch);
-      fetch(at.grad_o_tile(n), given.grad_o, at.grad_o_handover[buffer_of(n)], n, job.q_begin + i0, h, batch);
-    });
-  }
-  static TFORMER_DEVICE void fetch(const QueryTile& to, const TensorMap& map, Handover& handover, int n, int row,
-                                   int head, int batch) {
-    mbarrier_wait(&handover.empty, phase_of(n) ^ 1);  // at first, the phase before the first
-    if (lane() == 0) to.load(&map, row, head, batch, &handover.full);
-    sync_warp();
-  }
-
-  // lse and delta, which may begin anywhere.
-  TFORMER_DEVICE void fetch_rows() const {
-    const Scores<T, true> scores(p, job.sequence(), job.b, 0);
-    for_each_tile([&](int n, int h, int i0) {
-      constexpr int kEach = kQueries / kWarp;
-      const int64_t from = job.b * p.lse_stride[0] + h * p.lse_stride[1] + job.q_begin + i0 + lane();
-      float lse[kEach], delta[kEach];
-#pragma unroll
-      for (int m = 0; m < kEach; ++m) {
-        const bool there = i0 + lane() + m * kWarp < job.Sq;
-        lse[m] = there ? scores.held_lse(static_cast<const float*>(p.lse)[from + m * kWarp]) : kInfinity<float>;
-        delta[m] = there ? static_cast<float>(p.delta[from + m * kWarp]) : 0.0f;
-      }
-      Handover& handover = at.q_handover[buffer_of(n)];
-      mbarrier_wait(&handover.empty, phase_of(n) ^ 1);
-#pragma unroll
-      for (int m = 0; m < kEach; ++m) {
-        at.lse(n)[lane() + m * kWarp] = lse[m];
-        at.delta(n)[lane() + m * kWarp] = delta[m];
-      }
-      sync_warp();
-      if (lane() == 0) mbarrier_arrive(&handover.full);
+    job.for_each_tile(kQueries, [&](int n, int h, int i0) {
+      const int row = job.q_begin + i0, phase = phase_of(n);
+      fetch_tile(at.q_tile(n), given.q, at.q_handover[buffer_of(n)], phase, row, h, batch);
+      fetch_tile(at.grad_o_tile(n), given.grad_o, at.grad_o_handover[buffer_of(n)], phase, row, h, batch);
     });
   }
 
-  // The tile's part of dq goes to the sums when the tiles of keys before have added theirs; the first one is stored.
   // Two warps do it in turn, as each waits until its sums have arrived.
   TFORMER_DEVICE void add_sums(int parity) const {
-    Handover& handover = at.sums_handover[parity];
-    for_each_tile([&](int n, int h, int i0) {
+    job.for_each_tile(kQueries, [&](int n, int h, int i0) {
       if (lane() == 0 && buffer_of(n) == parity) {
         const int slot = slot_of(call, job.q_begin, job.b, h, i0);
-        int32_t* turn = given.turns + slot;
-        float* to = given.sums + int64_t{slot} * kTileFloats;
-        // with the first key that a query of the tile sees; made anew each time: registers are short
-        const bool first = job.range(p).begin(i0) / kKeys == job.tile;
-        if (!first) wait_for_turn_of(turn, job.tile);
-        mbarrier_wait(&handover.full, phase_of(n));
-        fence_async_proxy_global();
-        if (first) {
-          bulk_store(to, at.sums, kSumBytes);
-        } else {
-          bulk_add(to, at.sums, kSumBytes);
-        }
-        bulk_commit();
-        bulk_wait_read<0>();
-        mbarrier_arrive(&handover.empty);
-        bulk_wait<0>();
-        fence_async_proxy_global();
-        give_turn(turn, job.tile + 1);
+        const bool first = job.range(p).begin(i0) / kKeys == job.tile;  // made anew each time: registers are short
+        add_to_sums(given, job, slot, first, at.sums, at.sums_handover[parity], phase_of(n));
       }
       sync_warp();
     });
@@ -232,12 +146,6 @@ struct HopperBackward {
   // First key of the warp, counted from the tile's.
   static TFORMER_DEVICE int first_row() { return 64 * group() + 16 * (warp() % 4); }
 
-  // This warp has read what the buffer holds.
-  static TFORMER_DEVICE void release(Handover& handover) {
-    sync_warp();
-    if (lane() == 0) mbarrier_arrive(&handover.empty);
-  }
-
   TFORMER_DEVICE void multiply_all() const {
     float dk[2][kWidth / 4], dv[2][kWidth / 4];
     clear(dk);
@@ -246,7 +154,7 @@ struct HopperBackward {
     uint32_t weights[kQueries / 16][4], grads[kQueries / 16][4];
     if (job.tiles > 0) mbarrier_wait(&at.kv->full, 0);
     const int count = job.tiles * job.group_size;
-    Counter at_tile{job};
+    QueryCounter at_tile(job);
     if constexpr (kDropout) draw(at_tile);
 #pragma unroll 1
     for (int n = 0; n < count; ++n) {
@@ -257,9 +165,9 @@ struct HopperBackward {
       multiply_rows(dp, at.v, at.grad_o_tile(n));
       wgmma_wait<1>();  // the scores
       hold(s);
-      weigh(s, at.lse(n), at_tile.tile * kQueries);
+      weigh<T, kDropout>(s, p, job, first_row(), at_tile.tile * kQueries, at.lse(n), drops());
       if constexpr (kEarly) {
-        pack<kDropout>(weights, s);
+        pack<true>(weights, s);
         multiply_down(dv, weights, at.grad_o_tile(n));
         wgmma_wait<1>();  // dp
       } else {
@@ -269,10 +177,10 @@ struct HopperBackward {
         } while (p.scale < 0);
       }
       hold(dp);
-      differentiate(dp, s, at.delta(n));
+      subtract_delta<P, kDropout>(dp, s, at.delta(n), given.dropout_scale);
       pack<false>(grads, dp);
       if constexpr (!kEarly) {
-        pack<kDropout>(weights, s);
+        pack<true>(weights, s);
         multiply_down(dv, weights, at.grad_o_tile(n));
       }
       put(grads, at.ds_tile(n));
@@ -337,79 +245,23 @@ struct HopperBackward {
     wgmma_commit();
   }
 
-  // Products become weights; those that are dropped are negative.
-  TFORMER_DEVICE void weigh(float (&s)[2][kQueries / 4], const float* lse, int i0) const {
-    if (i0 < job.all_begin || i0 + kQueries > job.all_end) {
-      const KeyRangeOf<int> range = job.range(p);
-      const int lane_i0 = i0 + P::first_column();
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int j = job.j0 + first_row() + P::row(r), begin = range.query_begin(j) - lane_i0;
-        const int at_row = first_row() + P::row(r);
-        const bool shown = job.shown[at_row / kWarp] >> at_row % kWarp & 1;
-        const int end = j < job.Sk && shown ? range.query_end(j, job.Sq) - lane_i0 : 0;
-#pragma unroll
-        for (int c = 0; c < kQueries / 4; ++c) {
-          const int i = P::column_offset(c);
-          s[r][c] = i >= begin && i < end ? s[r][c] : -kInfinity<float>;
-        }
-      }
-    }
-    const float unit = static_cast<float>(p.scale) * Exponent<T>::kUnit;
-#pragma unroll
-    for (int c = 0; c < kQueries / 4; c += 2) {
-      const Two held = two_of(lse, c);
-      const uint32_t dropped = kDropout ? drops().word(P::column(c)) : 0;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& x = s[e / 2][c + e % 2];
-        x = Exponent<T>::power(fma(x, unit, -held.x[e % 2]));
-        if constexpr (kDropout) x = Drops::marked(x, dropped, e / 2, e % 2);
-      }
-    }
-  }
-
-  // dp becomes ds.
-  TFORMER_DEVICE void differentiate(float (&dp)[2][kQueries / 4], const float (&weights)[2][kQueries / 4],
-                                    const float* delta) const {
-#pragma unroll
-    for (int c = 0; c < kQueries / 4; c += 2) {
-      const Two subtracted = two_of(delta, c);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& x = dp[e / 2][c + e % 2];
-        const float weight = weights[e / 2][c + e % 2];
-        if constexpr (kDropout) x = weight < 0 ? 0.0f : x * given.dropout_scale;
-        x = (kDropout ? absolute(weight) : weight) * (x - subtracted.x[e % 2]);
-      }
-    }
-  }
-
-  // Those of the lane's columns c and c + 1.
-  struct alignas(8) Two {
-    float x[2];
-  };
-  static TFORMER_DEVICE Two two_of(const float* rows, int c) {
-    return *reinterpret_cast<const Two*>(rows + P::column(c));
-  }
-
-  // A left operand, where it is: as in TensorCores::multiply_down. kPositive: what is negative becomes 0.
-  template <bool kPositive>
+  // A left operand, where it is: as in TensorCores::multiply_down. kWeights: as pack_weights.
+  template <bool kWeights>
   static TFORMER_DEVICE void pack(uint32_t (&to)[kQueries / 16][4], const float (&s)[2][kQueries / 4]) {
 #pragma unroll
     for (int i = 0; i < kQueries / 16; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float* pair = &s[e % 2][4 * i + e / 2 * 2];
-        to[i][e] = kPositive ? pack_two_positive<T>(pair[0], pair[1]) : pack_two<T>(pair[0], pair[1]);
+        to[i][e] = pack_weights < T, kWeights && kDropout > (pair[0], pair[1]);
       }
     }
   }
 
   // Where all warps have met for dq since the last bits were read.
-  TFORMER_DEVICE void draw(const Counter& of) const {
-    drops().draw(given.dropout, job.b, of.head(job), of.tile * kQueries, job.j0 + 64 * group());
-    sync_threads_of(kGroupBarrier + group(), kWarpgroup);
+  TFORMER_DEVICE void draw(const QueryCounter& of) const {
+    drops().draw(given.dropout, job.b, of.head(job), of.tile * kQueries, job.j0 + 64 * group(),
+                 kGroupBarrier + group());
   }
   TFORMER_DEVICE Drops drops() const { return {at.drops + group() * Drops::kBytes}; }
 
@@ -429,12 +281,7 @@ struct HopperBackward {
   TFORMER_DEVICE void send(const float (&dq)[2][16], int n) const {
     // one buffer for all
     if (n > 0) mbarrier_wait(&at.sums_handover[buffer_of(n - 1)].empty, phase_of(n - 1));
-    char* to = at.sums + group() * kSumFloats * 4 + thread_index() % kWarpgroup * 16;
-#pragma unroll
-    for (int m = 0; m < kSumChunks; ++m) {
-      const float* x = &dq[m / 4][m % 4 * 4];
-      store_16(to + m * kWarpgroup * 16, {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}});
-    }
+    put_sums<0>(dq, at.sums + group() * kSumFloats * 4);
     fence_async_proxy();
     sync_warp();
     if (lane() == 0) mbarrier_arrive(&at.sums_handover[buffer_of(n)].full);

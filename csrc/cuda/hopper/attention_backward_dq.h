@@ -1,4 +1,4 @@
-// dq out of the sums that attention_backward.h leaves.
+// dq out of the sums that attention_backward.h and attention_backward_wide.h leave.
 #pragma once
 
 #include "attention_backward_work.h"
@@ -47,14 +47,16 @@ struct HopperQueryGradients {
     }
   }
 
-  // As HopperBackward::send left them.
+  // As send left them.
   static TFORMER_DEVICE void load(float (&dq)[2][kWidth / 4], const float* sums) {
+    constexpr int kSlots = hopper_slots_of_tile(kWidth);
     sums += thread_index() / kWarpgroup * kSumFloats + thread_index() % kWarpgroup * 4;
 #pragma unroll
     for (int part = 0; part < kWidth / 64; ++part) {
 #pragma unroll
       for (int m = 0; m < kSumChunks; ++m) {
-        const Bits16Bytes chunk = load_16(sums + part * kSumFloats + m * kWarpgroup * 4);
+        const float* from = sums + part % kSlots * kTileFloats + part / kSlots * kSumFloats;
+        const Bits16Bytes chunk = load_16(from + m * kWarpgroup * 4);
 #pragma unroll
         for (int e = 0; e < 4; ++e) dq[m / 4][16 * part + m % 4 * 4 + e] = float_of_bits(chunk.word[e]);
       }

@@ -1,4 +1,4 @@
-// Which weights of a transposed tile are dropped. A counter of philox.h serves eight keys of a query, which lie with
+// Which weights of a tile of transposed scores are dropped. A counter of philox.h serves eight keys of a query, which lie with
 // four warps: a warpgroup draws together for its 64 keys, a block of that file's, and finds bits in shared memory.
 #pragma once
 
@@ -14,8 +14,9 @@ struct GroupDropBits {
   static constexpr int kBytes = 4 * kQueries * 2;
   char* data;
 
-  // By all threads of the warpgroup, which then meet. A thread takes four counters of a query: of each warp a byte.
-  TFORMER_DEVICE void draw(const DropoutParams& dropout, int b, int h, int first_query, int first_key) const {
+  // By all threads of the warpgroup, which meet at `barrier` then. A thread takes four counters of a query: of each warp a byte.
+  TFORMER_DEVICE void draw(const DropoutParams& dropout, int b, int h, int first_query, int first_key,
+                           int barrier) const {
     const auto seed = static_cast<uint64_t>(*dropout.seed);
     const auto first = static_cast<uint32_t>(first_key / static_cast<int>(kPhiloxBlock)) * kPhiloxCounters;
 #pragma unroll 1
@@ -36,6 +37,7 @@ struct GroupDropBits {
 #pragma unroll
       for (int w = 0; w < 4; ++w) data[w * kQueries * 2 + n] = static_cast<char>(bits >> 8 * w);
     }
+    sync_threads_of(barrier, kWarpgroup);
   }
 
   // What marked() wants, of the lane's two rows of keys and queries `column`, which is even, and column + 1.

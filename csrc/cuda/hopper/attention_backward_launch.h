@@ -4,6 +4,7 @@
 #include "../attention_dispatch.h"
 #include "attention_backward.h"
 #include "attention_backward_dq.h"
+#include "attention_backward_wide.h"
 #include "attention_maps.h"
 
 namespace tformer::gpu {
@@ -29,19 +30,24 @@ Status launch_hopper_backward_kernels(const AttentionCall& given, const HopperSu
   return launch<QueryKernel>({grid.blocks()}, QueryKernel::kSharedBytes, stream, call);
 }
 
-template <class T, int kWidth>
-Status launch_hopper_backward_width(const AttentionCall& call, const HopperSums& sums, Stream stream) {
-  return for_dropout(call, [&](auto drops) {
-    using Kernel = HopperBackward<T, kWidth, decltype(drops)::value>;
-    return launch_hopper_backward_kernels<Kernel, HopperQueryGradients<T, kWidth>>(call, sums, stream);
-  });
-}
+template <class T, int kWidth, bool kDropout>
+struct HopperBackwardOf {
+  using type = HopperBackward<T, kWidth, kDropout>;
+};
+template <class T, bool kDropout>
+struct HopperBackwardOf<T, 256, kDropout> {
+  using type = HopperWideBackward<T, kDropout>;
+};
 
 template <class T>
 Status launch_hopper_backward(const AttentionCall& call, const HopperSums& sums, Stream stream) {
-  return larger(static_cast<int>(call.p.D), static_cast<int>(call.p.Dv)) <= 64
-             ? launch_hopper_backward_width<T, 64>(call, sums, stream)
-             : launch_hopper_backward_width<T, 128>(call, sums, stream);
+  return for_width(call, [&](auto width) {
+    return for_dropout(call, [&](auto drops) {
+      constexpr int kWidth = decltype(width)::value;
+      using Kernel = typename HopperBackwardOf<T, kWidth, decltype(drops)::value>::type;
+      return launch_hopper_backward_kernels<Kernel, HopperQueryGradients<T, kWidth>>(call, sums, stream);
+    });
+  });
 }
 
 }  // namespace tformer::gpu

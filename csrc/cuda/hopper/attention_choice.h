@@ -1,8 +1,6 @@
 // Which calls go to the kernels for sm_90a. For host files.
 #pragma once
 
-#include <algorithm>
-
 #include "../runtime.h"
 #include "attention_launch.h"
 
@@ -49,7 +47,6 @@ inline HopperRefusal hopper_backward_refusal(const AttentionCall& call, const gp
   const bool mapped = !p.grad_o.data || can_be_mapped(p.grad_o, call.packed ? 1 : p.B, p.Hq, p.Sq);
   if (!mapped || p.Sq == 0) return HopperRefusal::layout;
   if (p.mask.data && p.mask.stride[1] != 0 && p.Hq > 1) return HopperRefusal::operands;
-  if (std::max(p.D, p.Dv) > 128) return HopperRefusal::width;
   return gpu::hopper_is_wanted() ? HopperRefusal::none : HopperRefusal::not_wanted;
 }
 

@@ -11,15 +11,14 @@ namespace tformer {
 // Why a call does not go to the kernels for sm_90a. tformer_ext/explain.py knows the numbers.
 enum class HopperRefusal : int64_t {
   none = 0,
-  dtype = 1,       // float32 and float64 are not for them
-  device = 2,      // compute capability is not 9.0
-  not_built = 3,   // TFORMER_CUDA_ARCHS has no 90
-  operands = 4,    // more than scale, causal, window, key lengths, mask by keys (backward: of all heads), packed
-                   // sequences, sinks and dropout
-  split = 5,       // few queries and long keys: the keys are split
-  layout = 6,      // not multiples of 16 bytes, an expanded dimension, no keys; backward: no queries
-  not_wanted = 7,  // TFORMER_EXT_SM90 is 0
-  width = 8        // backward: head dimensions above 128
+  dtype = 1,      // float32 and float64 are not for them
+  device = 2,     // compute capability is not 9.0
+  not_built = 3,  // TFORMER_CUDA_ARCHS has no 90
+  operands = 4,   // more than scale, causal, window, key lengths, mask by keys (backward: of all heads), packed
+                  // sequences, sinks and dropout
+  split = 5,      // few queries and long keys: the keys are split
+  layout = 6,     // not multiples of 16 bytes, an expanded dimension, no keys; backward: no queries
+  not_wanted = 7  // TFORMER_EXT_SM90 is 0
 };
 
 // What a launch needs; the launch function fills the maps and the grid.
@@ -36,12 +35,14 @@ constexpr int64_t hopper_query_tiles(const AttentionCall& call, int rows) {
   return call.packed ? call.p.Sq / rows + call.p.B : (call.p.Sq + rows - 1) / rows;
 }
 
-// Memory between the kernels of a backward call: sums of dq in tiles of 64 KB / (2 width) queries, whose turn it is at
+// Memory between the kernels of a backward call: sums of dq, a tile of queries in one slot or two, whose turn it is at
 // each of these, and the ticket; words are 0 at first.
 constexpr int hopper_backward_queries(int64_t width) { return width <= 64 ? 128 : 64; }
+constexpr int hopper_slots_of_tile(int64_t width) { return width <= 128 ? 1 : 2; }
 constexpr int64_t hopper_slots(const AttentionCall& call) {
   const int64_t width = call.p.D > call.p.Dv ? call.p.D : call.p.Dv;
-  return (call.packed ? 1 : call.p.B) * call.p.Hq * hopper_query_tiles(call, hopper_backward_queries(width));
+  return (call.packed ? 1 : call.p.B) * call.p.Hq * hopper_query_tiles(call, hopper_backward_queries(width)) *
+         hopper_slots_of_tile(width);
 }
 constexpr int64_t kHopperSlotFloats = 8192;
 struct HopperSums {
