@@ -92,9 +92,7 @@ BACKWARD_CASES = [
     Case("wide key lengths", (4, 2, 1, 70, 150, 192, 192), {"key_lengths": [150, 0, 1, 65]}),
     Case("wide all keys hidden", (2, 2, 1, 70, 150, 256, 256), {"key_lengths": [0, 0]}),
     Case("wide sinks", (1, 4, 2, 150, 150, 256, 256), {"causal": True}, sinks=True),
-    Case(
-        "wide dropout of groups", (1, 4, 2, 130, 150, 256, 192), {"dropout_p": 0.2, "dropout_seed": -3}
-    ),
+    Case("wide dropout of groups", (1, 4, 2, 130, 150, 256, 192), {"dropout_p": 0.2, "dropout_seed": -3}),
     Case("wide heads after length", (2, 4, 2, 70, 150, 256, 256), {"causal": True}, layout="BSHD"),
 ]
 
