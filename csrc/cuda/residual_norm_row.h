@@ -134,6 +134,7 @@ TFORMER_DEVICE void store(V* row, int column, int N, bool whole, const Elements<
 // A row of the call as seen by one of the threads that share it. T: type of x and y. R: type of residual and sum.
 template <class T, class R, NormRows kRows>
 struct NormRow {
+  using Type = T;
   using Real = RealOf<T>;
   static constexpr int kE = kPiece<T>, kPieces = kRows == NormRows::kAgain ? 1 : kKept<T>;
 
@@ -237,7 +238,44 @@ struct NormRow {
   }
 };
 
-// Sums over the threads of a group, the same in all of them.
+// Weight or bias in shared memory, as it is computed with: asked for anew for each row, it costs as much as the row.
+// Part n of all pieces lies before part n + 1.
+template <class Row>
+class SharedParameter {
+  using Real = typename Row::Real;
+  static constexpr int kE = Row::kE, kParts = kE * static_cast<int>(sizeof(Real)) / 16, kOfPart = kE / kParts;
+
+ public:
+  static constexpr size_t bytes(int64_t N) { return size_t{16} * kParts * pieces_of<typename Row::Type>(N); }
+
+  TFORMER_DEVICE SharedParameter(char* shared, const Row& row)
+      : shared_(shared), step_(16 * pieces_of<typename Row::Type>(row.N)) {}
+
+  // By all threads of the block; seen after a barrier.
+  TFORMER_DEVICE void fetch(const Row& row, const NormVector& from, Real otherwise, int threads) {
+    for (int at = 16 * gpu::thread_index(); at < step_; at += 16 * threads) {
+      Real x[kE];
+      row.parameter(from, at / 16 * kE, otherwise, x);
+#pragma unroll
+      for (int n = 0; n < kParts; ++n) {
+        gpu::Bits16Bytes bits;
+        __builtin_memcpy(&bits, &x[n * kOfPart], sizeof bits);
+        gpu::store_16(shared_ + n * step_ + at, bits);
+      }
+    }
+  }
+
+  TFORMER_DEVICE void get(int column, Real (&to)[kE]) const {
+    unpack(load_parts<Real, kE>(shared_ + column * (16 / kE), step_), to);
+  }
+
+ private:
+  char* shared_;
+  int step_;
+};
+
+// Sums over the threads of a group, the same in all of them. Groups of several warps have a barrier each, so that none
+// waits for another one's rows.
 template <class Real, int kThreads>
 class GroupSum {
   static constexpr int kMost = 2;  // numbers at a time
@@ -247,18 +285,21 @@ class GroupSum {
   static constexpr size_t kBytes = 2 * kMost * kWarps * sizeof(Real);
 
   TFORMER_DEVICE GroupSum(char* shared, int group)
-      : of_warps_(reinterpret_cast<Real*>(shared)),
-        group_(group),
-        warps_(group / gpu::kWarp),
-        first_warp_(warps_ ? gpu::warp() / warps_ * warps_ : 0) {}
+      : of_warps_(reinterpret_cast<Real*>(shared)), group_(group), warps_(group / gpu::kWarp) {
+    if (warps_ <= 1) return;
+    barrier_ = 1 + gpu::warp() / warps_;
+    other_ = (barrier_ - 1) * warps_ + gpu::lane() % warps_;
+  }
 
   template <int kCount>
   TFORMER_DEVICE void add_up(Real (&x)[kCount]) {
-    for (int mask = (group_ < gpu::kWarp ? group_ : gpu::kWarp) / 2; mask > 0; mask /= 2) {
-#pragma unroll
-      for (int n = 0; n < kCount; ++n) x[n] += gpu::shuffle_xor(x[n], mask);
+    if (warps_ == 0) {
+      for (int mask = group_ / 2; mask > 0; mask /= 2) add_lanes(x, mask);
+      return;
     }
-    if (group_ <= gpu::kWarp) return;
+#pragma unroll
+    for (int mask = gpu::kWarp / 2; mask > 0; mask /= 2) add_lanes(x, mask);
+    if (warps_ == 1) return;
     // One barrier for each sum: who is still reading the last one does so in the other half.
     Real* of_warps = of_warps_ + turn_ * kMost * kWarps;
     turn_ ^= 1;
@@ -266,17 +307,22 @@ class GroupSum {
 #pragma unroll
       for (int n = 0; n < kCount; ++n) of_warps[gpu::warp() * kCount + n] = x[n];
     }
-    gpu::sync_block();
+    gpu::sync_threads_of(barrier_, group_);
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      x[n] = of_warps[first_warp_ * kCount + n];
-      for (int w = 1; w < warps_; ++w) x[n] += of_warps[(first_warp_ + w) * kCount + n];
-    }
+    for (int n = 0; n < kCount; ++n) x[n] = of_warps[other_ * kCount + n];
+    for (int mask = warps_ / 2; mask > 0; mask /= 2) add_lanes(x, mask);
   }
 
  private:
+  template <int kCount>
+  static TFORMER_DEVICE void add_lanes(Real (&x)[kCount], int mask) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) x[n] += gpu::shuffle_xor(x[n], mask);
+  }
+
   Real* of_warps_;
-  int group_, warps_, first_warp_, turn_ = 0;
+  int group_, warps_, barrier_ = 0, turn_ = 0;
+  int other_ = 0;  // the warp of the group whose sum this lane reads
 };
 
 // Spreads rows over groups of at most `most` threads.
