@@ -11,7 +11,7 @@ template <class T, class R, int kBlockThreads, NormRows kRows>
 struct NormForward {
   using Real = RealOf<T>;
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinimumBlocks = kThreads == kNormWideThreads ? 1 : sizeof(R) == 2 ? 3 : 2;
+  static constexpr int kMinimumBlocks = kThreads == kNormWideThreads ? 1 : 2;
   static constexpr bool kReadsAgain = kRows == NormRows::kAgain;
   using Row = NormRow<T, R, kRows>;
   using Sum = GroupSum<Real, kThreads>;
@@ -39,6 +39,21 @@ struct NormForward {
     add(row, column, row.read(x, column), other, h);
   }
 
+  // A row on its way to registers: all of it is asked for before any of it is waited for.
+  struct Fetched {
+    Elements<T, kE> x[kPieces];
+    Elements<R, kE> residual[kPieces];
+
+    TFORMER_DEVICE void fetch(const Row& row) {
+      const NormParams& p = row.c.p;
+      const T* from = row.template of<T>(p.x, p.x_stride);
+      row.each_piece([&](int column, int k) { x[k] = row.read(from, column); });
+      if (!p.residual) return;
+      const R* other = row.template of<R>(p.residual, p.residual_stride);
+      row.each_piece([&](int column, int k) { residual[k] = row.read(other, column); });
+    }
+  };
+
   static constexpr size_t kParametersAt = (Sum::kBytes + 15) / 16 * 16;
 
   static size_t shared_bytes(const NormCall& c) {
@@ -56,9 +71,13 @@ struct NormForward {
       gpu::sync_block();
     }
     const Real share = Real(1) / static_cast<Real>(row.N), eps = static_cast<Real>(c.p.eps);
+    Fetched fetched;
+    if constexpr (!kReadsAgain) fetched.fetch(row);
     // every thread takes as many turns, as all meet in the sums
     for (int64_t first = gpu::block_index<0>() * rows; first < c.p.M; first += step) {
-      normalise(row, sums, share, eps, [&](int column, Real(&w)[kE], Real(&b)[kE]) {
+      Row next = row;
+      next.move_to(row.i + step);
+      normalise(row, next, fetched, sums, share, eps, [&](int column, Real(&w)[kE], Real(&b)[kE]) {
         if constexpr (kReadsAgain) {
           row.parameter(c.weight, column, 1, w);
           row.parameter(c.bias, column, 0, b);
@@ -67,33 +86,26 @@ struct NormForward {
           bias.get(column, b);
         }
       });
-      row.move_to(row.i + step);
+      row.move_to(next.i);
     }
   }
 
-  // share: what an element has in a mean. parameters(column, weight, bias)
+  // fetched: of this row, then of the next one. share: what an element has in a mean. parameters(column, weight, bias)
   template <class Get>
-  static TFORMER_DEVICE void normalise(const Row& row, Sum& sums, Real share, Real eps, Get&& parameters) {
+  static TFORMER_DEVICE void normalise(const Row& row, const Row& next, Fetched& fetched, Sum& sums, Real share,
+                                       Real eps, Get&& parameters) {
     const NormParams& p = row.c.p;
     const T* x = row.template of<T>(p.x, p.x_stride);
     const R* residual = row.template of<R>(p.residual, p.residual_stride);
-    Elements<T, kE> from[kPieces];
-    Elements<R, kE> other[kPieces];
-    if constexpr (!kReadsAgain) {
-      // all of the row is asked for before any of it is waited for
-      row.each_piece([&](int column, int k) { from[k] = row.read(x, column); });
-      if (p.residual) {
-        row.each_piece([&](int column, int k) { other[k] = row.read(residual, column); });
-      }
-    }
     Real h[kPieces][kE];
     R* sum = row.template of<R>(p.sum);
     Real total[1] = {0};
     row.each_piece([&](int column, int k) {
-      kReadsAgain ? read(row, x, residual, column, h[k]) : add(row, column, from[k], other[k], h[k]);
+      kReadsAgain ? read(row, x, residual, column, h[k]) : add(row, column, fetched.x[k], fetched.residual[k], h[k]);
       if (p.sum) row.write(sum, column, pack<R>(h[k]));
       row.each_element(column, [&](int e) { total[0] += h[k][e]; });
     });
+    if constexpr (!kReadsAgain) fetched.fetch(next);
     Real first_mean = 0;
     if (!p.rms) {
       sums.add_up(total);
