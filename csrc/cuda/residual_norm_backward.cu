@@ -72,6 +72,7 @@ struct NormBackward {
   using Row = NormRow<T, R, kRows>;
   using Sum = GroupSum<Real, kThreads>;
   using Held = Stages<T, R, kThreads>;
+  using Numbers = typename Row::Numbers;
   static constexpr int kE = Row::kE, kPieces = Row::kPieces;
 
   struct Statistics {
@@ -115,8 +116,8 @@ struct NormBackward {
 
   // dsum(): the piece of the gradient of the sum.
   template <class Get>
-  static TFORMER_DEVICE void write(const Row& row, const Statistics& of, int column, const Piece& piece, Real mean_g,
-                                   Real slope, const Gradients& to, Get&& dsum) {
+  static TFORMER_DEVICE void write(const Row& row, const Statistics& of, int column, const Numbers& numbers,
+                                   const Piece& piece, Real mean_g, Real slope, const Gradients& to, Get&& dsum) {
     const NormParams& p = row.c.p;
     Real dh[kE], h[kE], weight[kE];
     row.parameter(row.c.weight, column, 1, weight);
@@ -133,7 +134,7 @@ struct NormBackward {
       for (int e = 0; e < kE; ++e) dh[e] += other[e];
     }
     if (p.grad_residual) row.write(to.residual, column, pack<R>(dh));
-    row.drop(column, dh);
+    row.drop(numbers, dh);
     row.write(to.x, column, pack<T>(dh));
   }
 
@@ -181,8 +182,8 @@ struct NormBackward {
       const Real slope = of.rstd * (sums[1] / static_cast<Real>(row.N));
       if constexpr (kStaged) gpu::copy_async_wait<1>();
       const Gradients to{row.template of<R>(p.grad_residual), row.template of<T>(p.grad_x)};
-      row.each_piece([&](int column, int k) {
-        write(row, of, column, piece(column, k), mean_g, slope, to, [&] {
+      row.each_drawn_piece([&](int column, int k, const Numbers& numbers) {
+        write(row, of, column, numbers, piece(column, k), mean_g, slope, to, [&] {
           if constexpr (kStaged) return stages.sum(k);
           return row.read(row.template of<R>(p.grad_sum, p.grad_sum_stride), column);
         });

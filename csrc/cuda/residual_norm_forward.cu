@@ -16,14 +16,15 @@ struct NormForward {
   using Row = NormRow<T, R, kRows>;
   using Sum = GroupSum<Real, kThreads>;
   using Parameter = SharedParameter<Row>;
+  using Numbers = typename Row::Numbers;
   static constexpr int kE = Row::kE, kPieces = Row::kPieces;
 
-  // h of the piece at `column`, rounded to R: what is kept is what is normalised.
-  static TFORMER_DEVICE void add(const Row& row, int column, const Elements<T, kE>& x, const Elements<R, kE>& residual,
-                                 Real (&h)[kE]) {
+  // h of a piece, rounded to R: what is kept is what is normalised.
+  static TFORMER_DEVICE void add(const Row& row, const Numbers& numbers, const Elements<T, kE>& x,
+                                 const Elements<R, kE>& residual, Real (&h)[kE]) {
     unpack(x, h);
     if (!row.c.p.residual && !row.c.dropout.seed) return;
-    row.drop(column, h);
+    row.drop(numbers, h);
     if (row.c.p.residual) {
       Real other[kE];
       unpack(residual, other);
@@ -33,10 +34,11 @@ struct NormForward {
     unpack(pack<R>(h), h);
   }
 
-  static TFORMER_DEVICE void read(const Row& row, const T* x, const R* residual, int column, Real (&h)[kE]) {
+  static TFORMER_DEVICE void read(const Row& row, const Numbers& numbers, const T* x, const R* residual, int column,
+                                  Real (&h)[kE]) {
     Elements<R, kE> other{};
     if (row.c.p.residual) other = row.read(residual, column);
-    add(row, column, row.read(x, column), other, h);
+    add(row, numbers, row.read(x, column), other, h);
   }
 
   // A row on its way to registers: all of it is asked for before any of it is waited for.
@@ -97,11 +99,19 @@ struct NormForward {
     const NormParams& p = row.c.p;
     const T* x = row.template of<T>(p.x, p.x_stride);
     const R* residual = row.template of<R>(p.residual, p.residual_stride);
+    const auto each_again = [&](auto&& act) {
+      if constexpr (kReadsAgain) {
+        row.each_drawn_piece(act);
+      } else {
+        row.each_piece([&](int column, int k) { act(column, k, Numbers{}); });
+      }
+    };
     Real h[kPieces][kE];
     R* sum = row.template of<R>(p.sum);
     Real total[1] = {0};
-    row.each_piece([&](int column, int k) {
-      kReadsAgain ? read(row, x, residual, column, h[k]) : add(row, column, fetched.x[k], fetched.residual[k], h[k]);
+    row.each_drawn_piece([&](int column, int k, const Numbers& numbers) {
+      kReadsAgain ? read(row, numbers, x, residual, column, h[k])
+                  : add(row, numbers, fetched.x[k], fetched.residual[k], h[k]);
       if (p.sum) row.write(sum, column, pack<R>(h[k]));
       row.each_element(column, [&](int e) { total[0] += h[k][e]; });
     });
@@ -115,8 +125,8 @@ struct NormForward {
     // The distances' own mean gives what rounding took from the first (corrected two-pass algorithm: Chan, Golub,
     // LeVeque 1983).
     Real distance[2] = {0, 0};
-    row.each_piece([&](int column, int k) {
-      if constexpr (kReadsAgain) read(row, x, residual, column, h[k]);
+    each_again([&](int column, int k, const Numbers& numbers) {
+      if constexpr (kReadsAgain) read(row, numbers, x, residual, column, h[k]);
       row.each_element(column, [&](int e) {
         h[k][e] -= first_mean;
         distance[0] += h[k][e];
@@ -133,9 +143,9 @@ struct NormForward {
     }
 
     T* y = row.template of<T>(p.y);
-    row.each_piece([&](int column, int k) {
+    each_again([&](int column, int k, const Numbers& numbers) {
       if constexpr (kReadsAgain) {
-        read(row, x, residual, column, h[k]);
+        read(row, numbers, x, residual, column, h[k]);
 #pragma unroll
         for (int e = 0; e < kE; ++e) h[k][e] -= first_mean;
       }

@@ -172,6 +172,27 @@ struct NormRow {
     }
   }
 
+  // act(column, k, numbers) for these pieces, with dropout's numbers.
+  template <class Act>
+  TFORMER_DEVICE void each_drawn_piece(Act&& act) const {
+    const int all = pieces_of<T>(N);
+    if constexpr (kRows == NormRows::kAgain) {
+      for (int first = 0; first < all; first += c.group) {
+        const int n = first + member;
+        const Numbers numbers = draw(n * kE);
+        if (n < pieces) act(n * kE, 0, numbers);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kPieces; ++k) {
+        if (k * c.group >= all) break;
+        const int n = member + k * c.group;
+        const Numbers numbers = draw(n * kE);
+        if (n < pieces) act(n * kE, k, numbers);
+      }
+    }
+  }
+
   // act(e) for the elements of the piece at `column` that are in the row.
   template <class Act>
   TFORMER_DEVICE void each_element(int column, Act&& act) const {
@@ -215,26 +236,65 @@ struct NormRow {
     }
   }
 
-  // Multiplies by what dropout leaves of the piece at `column`. Its positions are in one group of 16 of their block of
-  // 64, which tells the pair of words and the half that are theirs in each of its counters: philox.h.
-  TFORMER_DEVICE void drop(int column, Real (&x)[kE]) const {
+  // The numbers of a piece, two in a word.
+  struct Numbers {
+    uint32_t pair[kE / 2];
+  };
+
+  // Multiplies by what dropout leaves.
+  TFORMER_DEVICE void drop(const Numbers& numbers, Real (&x)[kE]) const {
     if (!c.dropout.seed) return;
-    constexpr auto kBlock = static_cast<uint32_t>(kPhiloxBlock);
-    const auto block = static_cast<uint32_t>(column) / kBlock, position = static_cast<uint32_t>(column) % kBlock;
-    const uint32_t first = block * kPhiloxCounters + position % 16 / 2;
-    const uint32_t shift = position / 16 % 2 * 16;
-    const auto seed = static_cast<uint64_t>(*c.dropout.seed);  // here: registers are dearer than the cache
     const Real scale = static_cast<Real>(c.dropout.scale);
+    const uint32_t below = c.dropout.drop_below << 16;  // what a number has behind it does not matter then
 #pragma unroll
-    for (int e = 0; e < kE; e += 2) {
-      const PhiloxWords random = philox(first + static_cast<uint32_t>(e / 2), static_cast<uint32_t>(i),
-                                        static_cast<uint32_t>(i >> 32), kPhiloxNormStream, seed);
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const uint32_t word = position < 32 ? random.word[odd] : random.word[2 + odd];
-        x[e + odd] *= (word >> shift & 0xFFFF) < c.dropout.drop_below ? Real(0) : scale;
-      }
+    for (int e = 0; e < kE; ++e) {
+      const uint32_t number = e % 2 ? numbers.pair[e / 2] : numbers.pair[e / 2] << 16;
+      x[e] *= number < below ? Real(0) : scale;
     }
+  }
+
+ private:
+  // A counter has pairs of numbers for the four groups of 16 positions of a block of 64 (philox.h), a piece is in one
+  // group and wants pairs of kE / 2 counters. So the lanes whose pieces lie 16 positions apart draw one counter each,
+  // and hand each other what they want of it. All lanes of the warp, with pieces in the row or not.
+  TFORMER_DEVICE Numbers draw(int column) const {
+    Numbers numbers{};
+    if (!c.dropout.seed) return numbers;
+    constexpr auto kBlock = static_cast<uint32_t>(kPhiloxBlock);
+    constexpr int kCounters = kE / 2, kNextGroup = 16 / kE;  // lanes
+    const auto block = static_cast<uint32_t>(column) / kBlock, position = static_cast<uint32_t>(column) % kBlock;
+    const uint32_t group = position / 16;
+    const PhiloxWords random =
+        philox(block * kPhiloxCounters + position % 16 / 2 + group % kCounters, static_cast<uint32_t>(i),
+               static_cast<uint32_t>(i >> 32), kPhiloxNormStream, static_cast<uint64_t>(*c.dropout.seed));
+    uint32_t pair[4];
+#pragma unroll
+    for (int g = 0; g < 4; ++g) pair[g] = random.number(g, 0) | random.number(g, 1) << 16;
+    // from the pairs of one counter to those of one group, a bit of the group's number at a time
+    if constexpr (kCounters > 1) {
+      exchange(pair[0], pair[1], group & 1, kNextGroup);
+      exchange(pair[2], pair[3], group & 1, kNextGroup);
+    } else {
+      pair[0] = group & 1 ? pair[1] : pair[0];
+      pair[2] = group & 1 ? pair[3] : pair[2];
+    }
+    if constexpr (kCounters > 2) {
+      exchange(pair[0], pair[2], group & 2, 2 * kNextGroup);
+      exchange(pair[1], pair[3], group & 2, 2 * kNextGroup);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kCounters; ++n) pair[n] = group & 2 ? pair[2 + n] : pair[n];
+    }
+#pragma unroll
+    for (int n = 0; n < kCounters; ++n) numbers.pair[n] = pair[n];
+    return numbers;
+  }
+
+  // The lower lane gets both `low`, the upper one both `high`.
+  static TFORMER_DEVICE void exchange(uint32_t& low, uint32_t& high, bool upper, int mask) {
+    const uint32_t other = gpu::shuffle_xor(upper ? low : high, mask);
+    low = upper ? other : low;
+    high = upper ? high : other;
   }
 };
 
@@ -325,13 +385,14 @@ class GroupSum {
   int other_ = 0;  // the warp of the group whose sum this lane reads
 };
 
-// Spreads rows over groups of at most `most` threads.
+// Spreads rows over groups of at most `most` threads. With dropout they have no less than 8: NormRow::draw.
 template <class T>
 void share_rows(NormCall& call, int most) {
   constexpr int kLine = 8;  // pieces of a cache line: a group reads all of it at a time
   const int pieces = pieces_of<T>(call.p.N);
   call.group = 1;
-  while (call.group < most && (call.group * kKept<T> < pieces || call.group < std::min(kLine, pieces))) call.group *= 2;
+  const int least = call.dropout.seed ? kLine : std::min(kLine, pieces);
+  while (call.group < most && (call.group * kKept<T> < pieces || call.group < least)) call.group *= 2;
   call.keeps_rows = call.group * kKept<T> >= pieces;
 }
 
