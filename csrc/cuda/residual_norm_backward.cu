@@ -14,7 +14,7 @@ namespace {
 // gradients of weight and bias.
 template <class T, class R, int kThreads>
 class Stages {
-  using Row = NormRow<T, R, NormRows::kWhole>;
+  using Row = NormRow<T, R, NormRows::kWhole, kKeptBackward>;
   static constexpr int kE = Row::kE, kStep = 16 * kThreads;
   static constexpr int kOfR = kE * static_cast<int>(sizeof(R)) / 16;  // 16-byte parts of a piece of h
 
@@ -25,7 +25,9 @@ class Stages {
   }
 
   TFORMER_DEVICE Stages(char* shared, const NormCall& c)
-      : mine_(shared + 16 * gpu::thread_index()), sums_(mine_ + c.stages * Row::kPieces * (1 + kOfR) * kStep) {}
+      : shared_(shared), mine_(16 * gpu::thread_index()), sums_at_(c.stages * Row::kPieces * (1 + kOfR) * kStep) {
+    gpu::forget(mine_);  // else the thread is asked for its index at each access
+  }
 
   TFORMER_DEVICE void fetch(const Row& row, int stage) {
     const NormParams& p = row.c.p;
@@ -42,24 +44,28 @@ class Stages {
     const NormParams& p = row.c.p;
     if (p.grad_sum) {
       const R* sum = row.template of<R>(p.grad_sum, p.grad_sum_stride);
-      row.each_piece([&](int column, int k) { copy_parts(sum + column, sums_ + k * kOfR * kStep); });
+      row.each_piece([&](int column, int k) { copy_parts(sum + column, sum_at(k)); });
     }
     gpu::copy_async_commit();
   }
 
   TFORMER_DEVICE Elements<T, kE> dy(int stage, int k) const { return load_parts<T, kE>(at(stage, k)); }
   TFORMER_DEVICE Elements<R, kE> h(int stage, int k) const { return load_parts<R, kE>(at(stage, k) + kStep, kStep); }
-  TFORMER_DEVICE Elements<R, kE> sum(int k) const { return load_parts<R, kE>(sums_ + k * kOfR * kStep, kStep); }
+  TFORMER_DEVICE Elements<R, kE> sum(int k) const { return load_parts<R, kE>(sum_at(k), kStep); }
 
  private:
-  TFORMER_DEVICE char* at(int stage, int k) const { return mine_ + (stage * Row::kPieces + k) * (1 + kOfR) * kStep; }
+  TFORMER_DEVICE char* at(int stage, int k) const {
+    return shared_ + mine_ + (stage * Row::kPieces + k) * (1 + kOfR) * kStep;
+  }
+  TFORMER_DEVICE char* sum_at(int k) const { return shared_ + mine_ + sums_at_ + k * kOfR * kStep; }
 
   static TFORMER_DEVICE void copy_parts(const R* from, char* to) {
 #pragma unroll
     for (int n = 0; n < kOfR; ++n) gpu::copy_async_16(to + n * kStep, from + n * (kE / kOfR));
   }
 
-  char *mine_, *sums_;
+  char* shared_;
+  int mine_, sums_at_;
 };
 
 // Rows that are kept have their share of the gradients of weight and bias in registers. Of others the partials are left
@@ -67,10 +73,12 @@ class Stages {
 template <class T, class R, NormRows kRows>
 struct NormBackward {
   using Real = RealOf<T>;
-  static constexpr int kThreads = kNormThreads, kMinimumBlocks = sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kThreads = sizeof(T) == 2 ? kNormThreads : kNormWideThreads;
+  static constexpr int kMinimumBlocks = 2 * kNormThreads / kThreads;
   static constexpr bool kReadsAgain = kRows == NormRows::kAgain, kStaged = kRows == NormRows::kWhole;
-  using Row = NormRow<T, R, kRows>;
+  using Row = NormRow<T, R, kRows, kKeptBackward>;
   using Sum = GroupSum<Real, kThreads>;
+  using Weight = SharedParameter<Row>;
   using Held = Stages<T, R, kThreads>;
   using Numbers = typename Row::Numbers;
   static constexpr int kE = Row::kE, kPieces = Row::kPieces;
@@ -91,20 +99,19 @@ struct NormBackward {
     Elements<R, kE> h;
   };
 
-  // sums += (g, g xhat), and act(e, dy, xhat); past the end of the row dy is 0, so that nothing is added.
+  // sums += (g, g (h - mean)), and act(e, dy, dy (h - mean)); past the end of the row dy is 0, so that nothing is
+  // added.
   template <class Act>
-  static TFORMER_DEVICE void add(const Row& row, const Statistics& of, int column, const Piece& piece, Real (&sums)[2],
-                                 Act&& act) {
-    Real dy[kE], h[kE], weight[kE];
-    row.parameter(row.c.weight, column, 1, weight);
+  static TFORMER_DEVICE void add(Real mean, const Real (&weight)[kE], const Piece& piece, Real (&sums)[2], Act&& act) {
+    Real dy[kE], h[kE];
     unpack(piece.dy, dy);
     unpack(piece.h, h);
 #pragma unroll
     for (int e = 0; e < kE; ++e) {
-      const Real xhat = (h[e] - of.mean) * of.rstd, g = dy[e] * weight[e];
-      sums[0] += g;
-      sums[1] = gpu::fma(g, xhat, sums[1]);
-      act(e, dy[e], xhat);
+      const Real product = dy[e] * (h[e] - mean);
+      sums[0] = gpu::fma(dy[e], weight[e], sums[0]);
+      sums[1] = gpu::fma(product, weight[e], sums[1]);
+      act(e, dy[e], product);
     }
   }
 
@@ -117,10 +124,10 @@ struct NormBackward {
   // dsum(): the piece of the gradient of the sum.
   template <class Get>
   static TFORMER_DEVICE void write(const Row& row, const Statistics& of, int column, const Numbers& numbers,
-                                   const Piece& piece, Real mean_g, Real slope, const Gradients& to, Get&& dsum) {
+                                   const Real (&weight)[kE], const Piece& piece, Real mean_g, Real slope,
+                                   const Gradients& to, Get&& dsum) {
     const NormParams& p = row.c.p;
-    Real dh[kE], h[kE], weight[kE];
-    row.parameter(row.c.weight, column, 1, weight);
+    Real dh[kE], h[kE];
     unpack(piece.dy, dh);
     unpack(piece.h, h);
 #pragma unroll
@@ -140,13 +147,22 @@ struct NormBackward {
 
   static TFORMER_DEVICE void run(const NormCall& c, char* shared) {
     Sum group_sum(shared, c.group);
-    Held stages(shared + kStagesAt, c);
+    Row row(c, kThreads);
+    Weight weight(shared + kWeightAt, row);
+    if constexpr (!kReadsAgain) {
+      weight.fetch(row, c.weight, 1, kThreads);
+      gpu::sync_block();
+    }
+    const auto weights = [&](int column, Real(&w)[kE]) {
+      kReadsAgain ? row.parameter(c.weight, column, 1, w) : weight.get(column, w);
+    };
+    const Real share = Real(1) / static_cast<Real>(row.N);  // of an element in a mean
+    Held stages(shared + stages_at(c.p.N), c);
     const NormParams& p = c.p;
     const int64_t rows = kThreads / c.group, step = gpu::block_count<0>() * rows;
     const bool ahead = c.stages == 2;
     Real dw[kPieces][kE] = {}, db[kPieces][kE] = {};
     int stage = 0;
-    Row row(c, kThreads);
     if constexpr (kStaged) {
       if (ahead) stages.fetch(row, 0);
     }
@@ -171,19 +187,23 @@ struct NormBackward {
       };
       Real sums[2] = {0, 0};
       row.each_piece([&](int column, int k) {
-        add(row, of, column, piece(column, k), sums, [&](int e, Real dy, Real xhat) {
+        Real w[kE];
+        weights(column, w);
+        add(of.mean, w, piece(column, k), sums, [&](int e, Real dy, Real product) {
           if (kReadsAgain) return;
-          dw[k][e] = gpu::fma(dy, xhat, dw[k][e]);
+          dw[k][e] = gpu::fma(product, of.rstd, dw[k][e]);
           db[k][e] += dy;
         });
       });
       group_sum.add_up(sums);
-      const Real mean_g = p.rms ? Real(0) : sums[0] / static_cast<Real>(row.N);
-      const Real slope = of.rstd * (sums[1] / static_cast<Real>(row.N));
+      const Real mean_g = p.rms ? Real(0) : sums[0] * share;
+      const Real slope = of.rstd * (of.rstd * (sums[1] * share));
       if constexpr (kStaged) gpu::copy_async_wait<1>();
       const Gradients to{row.template of<R>(p.grad_residual), row.template of<T>(p.grad_x)};
       row.each_drawn_piece([&](int column, int k, const Numbers& numbers) {
-        write(row, of, column, numbers, piece(column, k), mean_g, slope, to, [&] {
+        Real w[kE];
+        weights(column, w);
+        write(row, of, column, numbers, w, piece(column, k), mean_g, slope, to, [&] {
           if constexpr (kStaged) return stages.sum(k);
           return row.read(row.template of<R>(p.grad_sum, p.grad_sum_stride), column);
         });
@@ -198,12 +218,13 @@ struct NormBackward {
     }
   }
 
-  static constexpr size_t kStagesAt = (Sum::kBytes + 127) / 128 * 128;
+  static constexpr size_t kWeightAt = (Sum::kBytes + 15) / 16 * 16;
+  static constexpr size_t stages_at(int64_t N) { return kWeightAt + (kReadsAgain ? 0 : Weight::bytes(N)); }
 
   static size_t shared_bytes(const NormCall& c) {
     const int64_t groups = kThreads / c.group;
     const size_t shares = kReadsAgain || groups == 1 ? 0 : groups * pieces_of<T>(c.p.N) * kE * sizeof(Real);
-    return std::max(shares, kStaged ? kStagesAt + Held::bytes(c) : Sum::kBytes);
+    return std::max(shares, stages_at(c.p.N) + (kStaged ? Held::bytes(c) : 0));
   }
 
   // The block's row of partials: the groups' shares, of whole pieces, added in order.
@@ -300,12 +321,13 @@ struct NormSum {
 
 template <class T, class R>
 void plan(NormCall& call, const NormDevice& device) {
-  share_rows<T>(call, kNormThreads);
-  call.whole = whole_pieces<T, R>(call);
-  const int64_t rows = kNormThreads / call.group;
-  call.blocks = std::min<int64_t>((call.p.M + rows - 1) / rows, most_norm_partials(device));
+  using Kernel = NormBackward<T, R, NormRows::kWhole>;
+  share_rows<T>(call, kKeptBackward, Kernel::kThreads);
+  const int64_t rows = Kernel::kThreads / call.group, resident = Kernel::kMinimumBlocks * device.multiprocessors;
+  call.blocks = std::min((call.p.M + rows - 1) / rows, resident);
   call.stages = 2;
-  if (NormBackward<T, R, NormRows::kWhole>::shared_bytes(call) > device.shared_bytes) call.stages = 1;
+  if (Kernel::shared_bytes(call) > device.shared_bytes) call.stages = 1;
+  call.whole = whole_pieces<T, R>(call) && Kernel::shared_bytes(call) <= device.shared_bytes;
 }
 
 template <class T, class R, NormRows kRows>

@@ -13,7 +13,7 @@ struct NormForward {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinimumBlocks = kThreads == kNormWideThreads ? 1 : 2;
   static constexpr bool kReadsAgain = kRows == NormRows::kAgain;
-  using Row = NormRow<T, R, kRows>;
+  using Row = NormRow<T, R, kRows, kKeptForward<T>>;
   using Sum = GroupSum<Real, kThreads>;
   using Parameter = SharedParameter<Row>;
   using Numbers = typename Row::Numbers;
@@ -183,7 +183,7 @@ gpu::Status launch_norm_forward(NormCall call, const NormDevice& device, gpu::St
   return for_dtypes(call.p, [&](auto t, auto r) {
     using T = decltype(t);
     using R = decltype(r);
-    share_rows<T>(call, kNormWideThreads);
+    share_rows<T>(call, kKeptForward<T>, kNormWideThreads);
     call.whole = whole_pieces<T, R>(call);
     return call.group <= kNormThreads ? launch_rows<T, R, kNormThreads>(call, device, stream)
                                       : launch_rows<T, R, kNormWideThreads>(call, device, stream);

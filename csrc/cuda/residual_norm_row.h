@@ -25,9 +25,10 @@ template <class T>
 constexpr int pieces_of(int64_t N) {
   return static_cast<int>((N + kPiece<T> - 1) / kPiece<T>);
 }
-// Pieces that a thread keeps: 32 elements, 16 of double.
+// Pieces that a thread keeps in forward, 32 elements, 16 of double; backward has as many sums besides.
 template <class T>
-constexpr int kKept = (sizeof(T) == 8 ? 16 : 32) / kPiece<T>;
+constexpr int kKeptForward = (sizeof(T) == 8 ? 16 : 32) / kPiece<T>;
+constexpr int kKeptBackward = 4;
 
 // Threads of a block, for rows that this many threads can keep and for wider ones.
 constexpr int kNormThreads = 256, kNormWideThreads = 512;
@@ -132,11 +133,11 @@ TFORMER_DEVICE void store(V* row, int column, int N, bool whole, const Elements<
 }
 
 // A row of the call as seen by one of the threads that share it. T: type of x and y. R: type of residual and sum.
-template <class T, class R, NormRows kRows>
+template <class T, class R, NormRows kRows, int kKept>
 struct NormRow {
   using Type = T;
   using Real = RealOf<T>;
-  static constexpr int kE = kPiece<T>, kPieces = kRows == NormRows::kAgain ? 1 : kKept<T>;
+  static constexpr int kE = kPiece<T>, kPieces = kRows == NormRows::kAgain ? 1 : kKept;
 
   const NormCall& c;
   int N;       // columns
@@ -385,15 +386,15 @@ class GroupSum {
   int other_ = 0;  // the warp of the group whose sum this lane reads
 };
 
-// Spreads rows over groups of at most `most` threads. With dropout they have no less than 8: NormRow::draw.
+// Spreads rows over groups of at most `most` threads, each of which can keep `kept` pieces. With dropout they have no less than 8: NormRow::draw.
 template <class T>
-void share_rows(NormCall& call, int most) {
+void share_rows(NormCall& call, int kept, int most) {
   constexpr int kLine = 8;  // pieces of a cache line: a group reads all of it at a time
   const int pieces = pieces_of<T>(call.p.N);
   call.group = 1;
   const int least = call.dropout.seed ? kLine : std::min(kLine, pieces);
-  while (call.group < most && (call.group * kKept<T> < pieces || call.group < least)) call.group *= 2;
-  call.keeps_rows = call.group * kKept<T> >= pieces;
+  while (call.group < most && (call.group * kept < pieces || call.group < least)) call.group *= 2;
+  call.keeps_rows = call.group * kept >= pieces;
 }
 
 template <class T, class R>
