@@ -34,8 +34,9 @@ class Stages {
     const T* dy = row.template of<T>(p.grad_y, p.grad_y_stride);
     const R* h = row.template of<R>(p.saved, p.saved_stride);
     row.each_piece([&](int column, int k) {
-      gpu::copy_async_16(at(stage, k), dy + column);
-      copy_parts(h + column, at(stage, k) + kStep);
+      const int bytes = row.has(column, 0) ? 16 : 0;  // of no piece there become 0
+      gpu::copy_async_16(at(stage, k), dy + column, bytes);
+      copy_parts(h + column, at(stage, k) + kStep, bytes);
     });
     gpu::copy_async_commit();
   }
@@ -44,7 +45,7 @@ class Stages {
     const NormParams& p = row.c.p;
     if (p.grad_sum) {
       const R* sum = row.template of<R>(p.grad_sum, p.grad_sum_stride);
-      row.each_piece([&](int column, int k) { copy_parts(sum + column, sum_at(k)); });
+      row.each_piece([&](int column, int k) { copy_parts(sum + column, sum_at(k), row.has(column, 0) ? 16 : 0); });
     }
     gpu::copy_async_commit();
   }
@@ -59,9 +60,9 @@ class Stages {
   }
   TFORMER_DEVICE char* sum_at(int k) const { return shared_ + mine_ + sums_at_ + k * kOfR * kStep; }
 
-  static TFORMER_DEVICE void copy_parts(const R* from, char* to) {
+  static TFORMER_DEVICE void copy_parts(const R* from, char* to, int bytes) {
 #pragma unroll
-    for (int n = 0; n < kOfR; ++n) gpu::copy_async_16(to + n * kStep, from + n * (kE / kOfR));
+    for (int n = 0; n < kOfR; ++n) gpu::copy_async_16(to + n * kStep, from + n * (kE / kOfR), bytes);
   }
 
   char* shared_;
@@ -231,7 +232,7 @@ struct NormBackward {
   static TFORMER_DEVICE void store_partial(const Row& row, Real* partial, const Real (&mine)[kPieces][kE],
                                            char* shared) {
     if (!partial) return;
-    const int groups = kThreads / row.c.group, width = row.pieces * kE;
+    const int groups = kThreads / row.c.group, width = pieces_of<T>(row.N) * kE;
     Real* to = partial + gpu::block_index<0>() * row.c.p.N;
     auto* shares = reinterpret_cast<Real*>(shared);  // (groups, width)
     if (groups > 1) gpu::sync_block();
@@ -239,7 +240,7 @@ struct NormBackward {
     row.each_piece([&](int column, int k) {
       if (groups == 1) {
         store<Real, kE>(to, column, row.N, row.whole(), pack<Real>(mine[k]));
-      } else {
+      } else if (column < width) {
 #pragma unroll
         for (int e = 0; e < kE; ++e) share[column + e] = mine[k][e];
       }

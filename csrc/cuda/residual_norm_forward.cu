@@ -106,14 +106,15 @@ struct NormForward {
         row.each_piece([&](int column, int k) { act(column, k, Numbers{}); });
       }
     };
-    Real h[kPieces][kE];
+    Real h[kPieces][kE] = {};
     R* sum = row.template of<R>(p.sum);
     Real total[1] = {0};
     row.each_drawn_piece([&](int column, int k, const Numbers& numbers) {
       kReadsAgain ? read(row, numbers, x, residual, column, h[k])
                   : add(row, numbers, fetched.x[k], fetched.residual[k], h[k]);
       if (p.sum) row.write(sum, column, pack<R>(h[k]));
-      row.each_element(column, [&](int e) { total[0] += h[k][e]; });
+#pragma unroll
+      for (int e = 0; e < kE; ++e) total[0] += h[k][e];
     });
     if constexpr (!kReadsAgain) fetched.fetch(next);
     Real first_mean = 0;
@@ -127,11 +128,12 @@ struct NormForward {
     Real distance[2] = {0, 0};
     each_again([&](int column, int k, const Numbers& numbers) {
       if constexpr (kReadsAgain) read(row, numbers, x, residual, column, h[k]);
-      row.each_element(column, [&](int e) {
-        h[k][e] -= first_mean;
+#pragma unroll
+      for (int e = 0; e < kE; ++e) {
+        h[k][e] -= row.has(column, e) ? first_mean : Real(0);
         distance[0] += h[k][e];
         distance[1] = gpu::fma(h[k][e], h[k][e], distance[1]);
-      });
+      }
     });
     sums.add_up(distance);
     const Real lost = p.rms ? Real(0) : distance[0] * share;

@@ -91,14 +91,15 @@ TFORMER_DEVICE Elements<V, kCount> pack(const Real (&from)[kCount]) {
   return to;
 }
 
-// What lies in 16-byte parts, `step` bytes from one to the next.
+// What lies in 16-byte parts, `step` bytes from one to the next; zeros where it is not there.
 template <class V, int kCount>
-TFORMER_DEVICE Elements<V, kCount> load_parts(const void* from, int step = 16) {
+TFORMER_DEVICE Elements<V, kCount> load_parts(const void* from, int step = 16, bool there = true) {
   constexpr int kPart = 16 / static_cast<int>(sizeof(V));
   Elements<V, kCount> to;
 #pragma unroll
   for (int n = 0; n < kCount / kPart; ++n) {
-    const gpu::Bits16Bytes bits = gpu::load_16(static_cast<const char*>(from) + n * step);
+    gpu::Bits16Bytes bits{};
+    if (there) bits = gpu::load_16(static_cast<const char*>(from) + n * step);
     __builtin_memcpy(&to.at[n * kPart], &bits, sizeof bits);
   }
   return to;
@@ -107,7 +108,7 @@ TFORMER_DEVICE Elements<V, kCount> load_parts(const void* from, int step = 16) {
 // The elements of a row from `column` on; those past the end are 0. whole: as NormCall::whole.
 template <class V, int kCount>
 TFORMER_DEVICE Elements<V, kCount> load(const V* row, int column, int N, bool whole) {
-  if (whole) return load_parts<V, kCount>(row + column);
+  if (whole) return load_parts<V, kCount>(row + column, 16, column < N);
   Elements<V, kCount> to;
 #pragma unroll
   for (int e = 0; e < kCount; ++e) to.at[e] = column + e < N ? row[column + e] : V{};
@@ -118,6 +119,7 @@ template <class V, int kCount>
 TFORMER_DEVICE void store(V* row, int column, int N, bool whole, const Elements<V, kCount>& from) {
   constexpr int kPart = 16 / static_cast<int>(sizeof(V));
   if (whole) {
+    if (column >= N) return;
 #pragma unroll
     for (int e = 0; e < kCount; e += kPart) {
       gpu::Bits16Bytes bits;
@@ -143,7 +145,7 @@ struct NormRow {
   int N;       // columns
   int member;  // of the group
   int64_t i;   // the row
-  int pieces;  // of it; 0 where there is no such row
+  int end;     // its columns: N, or 0 where there is no such row
 
   // The thread's first row.
   TFORMER_DEVICE NormRow(const NormCall& call, int threads)
@@ -154,54 +156,45 @@ struct NormRow {
   TFORMER_DEVICE void move_to(int64_t row) {
     gpu::forget(member);  // else the columns of all pieces, and all that comes of them, are kept from row to row
     i = row;
-    pieces = row < c.p.M ? pieces_of<T>(N) : 0;
+    end = row < c.p.M ? N : 0;
   }
 
   TFORMER_DEVICE bool whole() const { return kRows == NormRows::kWhole || (kRows == NormRows::kAgain && c.whole); }
 
-  // act(column, k) for the pieces of this thread; k counts them from 0, or is always 0 where they are not kept.
+  // act(column, k) for the pieces of this thread; k counts them from 0, or is always 0 where they are not kept. Of kept
+  // ones some may lie past the end of the row: they are read as 0, not written, and spare the others a branch.
   template <class Act>
   TFORMER_DEVICE void each_piece(Act&& act) const {
     if constexpr (kRows == NormRows::kAgain) {
-      for (int n = member; n < pieces; n += c.group) act(n * kE, 0);
+      for (int column = member * kE; column < end; column += c.group * kE) act(column, 0);
     } else {
 #pragma unroll
-      for (int k = 0; k < kPieces; ++k) {
-        const int n = member + k * c.group;
-        if (n < pieces) act(n * kE, k);
-      }
+      for (int k = 0; k < kPieces; ++k) act((member + k * c.group) * kE, k);
     }
   }
 
   // act(column, k, numbers) for these pieces, with dropout's numbers.
   template <class Act>
   TFORMER_DEVICE void each_drawn_piece(Act&& act) const {
-    const int all = pieces_of<T>(N);
+    if (!c.dropout.seed) {
+      each_piece([&](int column, int k) { act(column, k, Numbers{}); });
+      return;
+    }
+    const auto draw_one = [&](int first, int k) {
+      const int column = first + member * kE;
+      const Numbers numbers = draw(column);
+      if (column < end) act(column, k, numbers);
+    };
     if constexpr (kRows == NormRows::kAgain) {
-      for (int first = 0; first < all; first += c.group) {
-        const int n = first + member;
-        const Numbers numbers = draw(n * kE);
-        if (n < pieces) act(n * kE, 0, numbers);
-      }
+      for (int first = 0; first < N; first += c.group * kE) draw_one(first, 0);
     } else {
 #pragma unroll
-      for (int k = 0; k < kPieces; ++k) {
-        if (k * c.group >= all) break;
-        const int n = member + k * c.group;
-        const Numbers numbers = draw(n * kE);
-        if (n < pieces) act(n * kE, k, numbers);
-      }
+      for (int k = 0; k < kPieces; ++k) draw_one(k * c.group * kE, k);
     }
   }
 
-  // act(e) for the elements of the piece at `column` that are in the row.
-  template <class Act>
-  TFORMER_DEVICE void each_element(int column, Act&& act) const {
-#pragma unroll
-    for (int e = 0; e < kE; ++e) {
-      if (whole() || column + e < N) act(e);
-    }
-  }
+  // Whether element e of the piece at `column` is in the row.
+  TFORMER_DEVICE bool has(int column, int e) const { return column + (whole() ? 0 : e) < end; }
 
   // This row of a matrix, and pieces of it.
   template <class V>
@@ -218,11 +211,11 @@ struct NormRow {
   }
   template <class V>
   TFORMER_DEVICE Elements<V, kE> read(const V* row, int column) const {
-    return load<V, kE>(row, column, N, whole());
+    return load<V, kE>(row, column, end, whole());
   }
   template <class V>
   TFORMER_DEVICE void write(V* row, int column, const Elements<V, kE>& piece) const {
-    store<V, kE>(row, column, N, whole(), piece);
+    store<V, kE>(row, column, end, whole(), piece);
   }
 
   // The piece at `column` of weight or bias, or `otherwise` where there is none.
@@ -259,8 +252,7 @@ struct NormRow {
   // group and wants pairs of kE / 2 counters. So the lanes whose pieces lie 16 positions apart draw one counter each,
   // and hand each other what they want of it. All lanes of the warp, with pieces in the row or not.
   TFORMER_DEVICE Numbers draw(int column) const {
-    Numbers numbers{};
-    if (!c.dropout.seed) return numbers;
+    Numbers numbers;
     constexpr auto kBlock = static_cast<uint32_t>(kPhiloxBlock);
     constexpr int kCounters = kE / 2, kNextGroup = 16 / kE;  // lanes
     const auto block = static_cast<uint32_t>(column) / kBlock, position = static_cast<uint32_t>(column) % kBlock;
@@ -326,8 +318,10 @@ class SharedParameter {
     }
   }
 
+  // Something past the end of the row.
   TFORMER_DEVICE void get(int column, Real (&to)[kE]) const {
-    unpack(load_parts<Real, kE>(shared_ + column * (16 / kE), step_), to);
+    const int at = column * (16 / kE);
+    unpack(load_parts<Real, kE>(shared_ + (at < step_ ? at : 0), step_), to);
   }
 
  private:

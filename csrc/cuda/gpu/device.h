@@ -257,8 +257,8 @@ TFORMER_DEVICE float log(float x) { return ::logf(x); }
 TFORMER_DEVICE double log(double x) { return ::log(x); }
 TFORMER_DEVICE float tanh(float x) { return ::tanhf(x); }
 TFORMER_DEVICE double tanh(double x) { return ::tanh(x); }
-// 1 / sqrt(x), each step rounded correctly.
-TFORMER_DEVICE float reciprocal_sqrt(float x) { return __fdiv_rn(1.0f, __fsqrt_rn(x)); }
+// 1 / sqrt(x): float rounded correctly, double in each of the two steps.
+TFORMER_DEVICE float reciprocal_sqrt(float x) { return __frsqrt_rn(x); }
 TFORMER_DEVICE double reciprocal_sqrt(double x) { return __ddiv_rn(1.0, __dsqrt_rn(x)); }
 // The larger one; the other one if one is NaN.
 TFORMER_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }

@@ -281,7 +281,7 @@ inline float log(float x) { return std::log(x); }
 inline double log(double x) { return std::log(x); }
 inline float tanh(float x) { return std::tanh(x); }
 inline double tanh(double x) { return std::tanh(x); }
-inline float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
+inline float reciprocal_sqrt(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 inline double reciprocal_sqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline double maximum(double a, double b) { return std::fmax(a, b); }
