@@ -1,5 +1,5 @@
-// y = norm(residual + dropout(x)), a row at a time by a group of threads. Variance is two-pass: the mean first, then
-// squared distances from it, out of registers.
+// y = norm(residual + dropout(x)), a row at a time by a group of threads, which asks for its next row as soon as it has
+// this one. Variance is two-pass: the mean first, then squared distances from it, out of registers.
 #include <algorithm>
 
 #include "residual_norm_row.h"
@@ -11,8 +11,8 @@ template <class T, class R, int kBlockThreads, NormRows kRows>
 struct NormForward {
   using Real = RealOf<T>;
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinimumBlocks = kThreads == kNormWideThreads ? 1 : 2;
   static constexpr bool kReadsAgain = kRows == NormRows::kAgain;
+  static constexpr int kMinimumBlocks = kReadsAgain || kThreads == kNormThreads ? 2 : 1;
   using Row = NormRow<T, R, kRows, kKeptForward<T>>;
   using Sum = GroupSum<Real, kThreads>;
   using Parameter = SharedParameter<Row>;

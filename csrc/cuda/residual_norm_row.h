@@ -380,7 +380,8 @@ class GroupSum {
   int other_ = 0;  // the warp of the group whose sum this lane reads
 };
 
-// Spreads rows over groups of at most `most` threads, each of which can keep `kept` pieces. With dropout they have no less than 8: NormRow::draw.
+// Spreads rows over groups of at most `most` threads, each of which can keep `kept` pieces. With dropout groups have no
+// less than 8: NormRow::draw.
 template <class T>
 void share_rows(NormCall& call, int kept, int most) {
   constexpr int kLine = 8;  // pieces of a cache line: a group reads all of it at a time
