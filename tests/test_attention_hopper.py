@@ -134,8 +134,9 @@ def test_what_explain_says(hopper, monkeypatch):
     q, wide = torch.randn(1, 2, 70, 64).half(), torch.randn(1, 2, 70, 136).half()
     by_warpgroups = "tensor cores by warpgroups (wgmma), float16 into float32"
     assert _cuda_kernels(q, q, q, {"causal": True}) == (by_warpgroups, ())
-    product, (note,) = _cuda_kernels(wide, wide, wide, {})
-    assert product == by_warpgroups and note.startswith("backward: not the kernels for sm_90a") and "128" in note
+    assert _cuda_kernels(wide, wide, wide, {}) == (by_warpgroups, ())
+    product, (note,) = _cuda_kernels(q, q, q, {"mask": torch.ones(1, 2, 1, 70).bool()})
+    assert product == by_warpgroups and note.startswith("backward: not the kernels for sm_90a") and "by head" in note
     few, long = torch.randn(1, 2, 3, 64).half(), torch.randn(1, 2, 600, 64).half()
     product, (note,) = _cuda_kernels(few, long, long, {})
     assert product == "tensor cores, float16 into float32" and note.startswith("forward: not the kernels for sm_90a")
