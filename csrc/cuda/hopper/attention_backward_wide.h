@@ -223,11 +223,11 @@ struct HopperWideBackward {
   TFORMER_DEVICE void differentiate(float (&s)[2][kOwn / 4], float (&dp)[2][kOwn / 4], int n, int tile) const {
     const int first = kOwn * group();
     weigh<T, kDropout>(s, p, job, first_row(), tile * kQueries + first, at.lse(n) + first, drops());
-    put<true>(s, at.weights_tile(n));
+    put<true>(s, at.weights_tile(n), first);
     wgmma_wait<0>();
     hold(dp);
     subtract_delta<P, kDropout>(dp, s, at.delta(n) + first, given.dropout_scale);
-    put<false>(dp, at.ds_tile(n));
+    put<false>(dp, at.ds_tile(n), first);
     fence_async_proxy();
     sync_threads_of(kMultiplyBarrier, kGroups * kWarpgroup);
   }
@@ -280,17 +280,19 @@ struct HopperWideBackward {
   }
   TFORMER_DEVICE Drops drops() const { return {at.drops + group() * Drops::kBytes}; }
 
-  // The warp's rows and the warpgroup's queries, into the tile. kWeights: as pack_weights.
+  // The warp's rows and the warpgroup's queries, from `first` on, into the tile, where ScoreTile::at has them: 8 rows
+  // apart chunks lie alike, and a warpgroup begins with a multiple of 4 chunks. kWeights: as pack_weights.
   template <bool kWeights>
-  static TFORMER_DEVICE void put(const float (&s)[2][kOwn / 4], const ScoreTile& tile) {
-    const int first_chunk = kOwn / 8 * group();
+  static TFORMER_DEVICE void put(const float (&s)[2][kOwn / 4], const ScoreTile& tile, int first) {
+    static_assert(ScoreTile::kBoxes == 1 && kOwn / 8 == 4);
+    const int row = first_row() + P::row(0), first_chunk = (first / 8 ^ row) & 7;
+    char* to = tile.data + row * kBoxRowBytes + lane() % 4 * 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int c = 0; c < kOwn / 4; c += 2) {
-        char* chunk = tile.at(first_row() + P::row(r), first_chunk + c / 2);
-        *reinterpret_cast<uint32_t*>(chunk + lane() % 4 * 4) = pack_weights < T,
-                                                          kWeights && kDropout > (s[r][c], s[r][c + 1]);
+        char* pair = to + r * 8 * kBoxRowBytes + (first_chunk ^ c / 2) * 16;
+        *reinterpret_cast<uint32_t*>(pair) = pack_weights < T, kWeights && kDropout > (s[r][c], s[r][c + 1]);
       }
     }
   }
