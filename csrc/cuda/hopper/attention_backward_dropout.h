@@ -1,5 +1,6 @@
-// Which weights of a tile of transposed scores are dropped. A counter of philox.h serves eight keys of a query, which lie with
-// four warps: a warpgroup draws together for its 64 keys, a block of that file's, and finds bits in shared memory.
+// Which weights of a tile of transposed scores are dropped. A counter of philox.h serves eight keys of a query, that
+// lie with four warps: a warpgroup draws together for its 64 keys, a block of philox.h's, and finds bits in shared
+// memory.
 #pragma once
 
 #include <gpu/hopper.h>
@@ -14,7 +15,8 @@ struct GroupDropBits {
   static constexpr int kBytes = 4 * kQueries * 2;
   char* data;
 
-  // By all threads of the warpgroup, which meet at `barrier` then. A thread takes four counters of a query: of each warp a byte.
+  // By all threads of the warpgroup, which meet at `barrier` then. A thread takes four counters of a query: of each
+  // warp a byte.
   TFORMER_DEVICE void draw(const DropoutParams& dropout, int b, int h, int first_query, int first_key,
                            int barrier) const {
     const auto seed = static_cast<uint64_t>(*dropout.seed);
