@@ -50,6 +50,16 @@ HOPPER_CASES = [
     Case("dropout, window", (1, 2, 1, 300, 500, 128, 128), {"window": (150, 60), "dropout_p": 0.5, "dropout_seed": 5}),
     Case("dropout of all", (1, 2, 2, 70, 150, 128, 128), {"dropout_p": 1.0, "dropout_seed": 1}),
     Case("dropout, sinks", (1, 4, 2, 150, 150, 64, 64), {"dropout_p": 0.1, "dropout_seed": 9}, sinks=True),
+    *(Case(f"bias {D}", shape, bias=(*shape[:2], *shape[3:5])) for D, shape in SHAPES.items()),
+    Case("bias over batches causal", (2, 4, 2, 200, 300, 64, 64), {"causal": True}, bias=(1, 4, 200, 300)),
+    Case("bias over heads", (2, 4, 2, 140, 300, 128, 128), {"causal": "lower_right"}, bias=(2, 1, 140, 300)),
+    Case("bias over both wide", (2, 2, 1, 70, 200, 256, 256), {"window": (50, 20)}, bias=(70, 200)),
+    Case("bias per key", (2, 4, 2, 150, 300, 128, 128), {"window": (50, 20)}, bias=(2, 1, 1, 300)),
+    Case("bias, key lengths", (4, 2, 1, 70, 260, 64, 64), {"key_lengths": [260, 0, 1, 130]}, bias=(4, 2, 70, 260)),
+    Case("bias, mask per key", (2, 4, 2, 150, 300, 64, 64), mask=(2, 1, 1, 300), bias=(1, 4, 150, 300)),
+    Case("bias, dead rows", (2, 2, 2, 200, 70, 64, 64), {"causal": "lower_right"}, bias=(2, 2, 200, 70)),
+    Case("bias, sinks", (1, 4, 2, 150, 150, 64, 64), {"causal": True}, bias=(1, 4, 150, 150), sinks=True),
+    Case("bias of one query", (2, 8, 2, 1, 100, 64, 64), {"causal": "lower_right"}, bias=(2, 8, 1, 100)),
     Case("many key tiles", (1, 2, 1, 70, 500, 256, 256), {"causal": "lower_right", "window": (400, -1)}),
 ]  # fmt: skip
 
@@ -68,7 +78,7 @@ def check_values(case, dtype):
 
 # Tiles are 128 keys by 64 queries, up to width 64 by 128; above 128 they are 64 by 64.
 BACKWARD_CASES = [
-    *(case for case in HOPPER_CASES if case.name != "mask per key and head"),
+    *(case for case in HOPPER_CASES if case.name != "mask per key and head" and not case.bias),
     Case("several tiles", (1, 2, 1, 300, 400, 128, 128)),
     Case("several tiles causal", (1, 2, 2, 400, 400, 64, 64), {"causal": True}),
     Case("eight heads of queries", (1, 8, 1, 70, 150, 128, 128), {"causal": "lower_right"}),

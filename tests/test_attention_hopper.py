@@ -40,6 +40,7 @@ RACES = (
     "many key tiles",
     "whole tiles",
     "dropout 128",
+    "bias 128",
 )
 
 
@@ -93,6 +94,50 @@ def test_hidden_values_that_are_not_finite(bad, hopper):
     assert torch.isnan(F.attention(q, k, v.clamp(-9, 9).nan_to_num(0), causal=True)[:, :, 3:]).all()
 
 
+def one_head(bias, hopper, **options):
+    """Of a call with this bias, that of the kernels for sm_90a: inputs and out."""
+    qkv = [torch.randn(1, 2, S, 64).bfloat16() for S in (bias.shape[-2], bias.shape[-1], bias.shape[-1])]
+    assert why(*qkv, bias=bias, **options) is None
+    return qkv, F.attention(*qkv, bias=bias, **options)
+
+
+@pytest.mark.parametrize("Sk", [99, 127, 129])
+def test_a_bias_of_odd_length(Sk, hopper):
+    """Rows begin at even elements; the last pair has one. What lies beyond is not read for a score."""
+    bias = torch.full((2, 70, Sk + 3), float("nan")).bfloat16()[..., :Sk]
+    bias.copy_(torch.randn(bias.shape))
+    qkv, out = one_head(bias, hopper)
+    golden, same = (reference.attention(*(t.to(to) for t in qkv), bias=bias.to(to)) for to in (torch.double, out.dtype))
+    assert_close(out, golden, same)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_bias_that_hides(causal, hopper):
+    """-inf as a mask would; of a row that sees nothing else 0. The most negative number: as if it were not seen, but
+    where there is nothing else."""
+    seen = torch.rand(2, 150, 200) > 0.4
+    seen[:, 20:40] = False
+    for hidden in (float("-inf"), torch.finfo(torch.bfloat16).min):
+        bias = torch.zeros(2, 150, 200).masked_fill(~seen, hidden).bfloat16()
+        qkv, out = one_head(bias, hopper, causal=causal)
+        masked = F.attention(*qkv, mask=seen, causal=causal)
+        rows = (seen & torch.ones(150, 200).tril().bool() if causal else seen).any(-1)
+        torch.testing.assert_close(out[0, rows], masked[0, rows], rtol=2e-2, atol=2e-2)
+        assert not rows[:, 20:40].any()
+        if hidden == float("-inf"):
+            assert not out[0, ~rows].any()
+        else:
+            assert out[0, ~rows].isfinite().all() and out[0, ~rows].any(-1).all()
+
+
+def test_a_bias_that_is_not_a_number(hopper):
+    """Reaches its row; hidden by position it reaches nothing."""
+    bias = torch.zeros(2, 150, 150).bfloat16()
+    bias[:, 70, 60], bias[:, 20, 60] = float("nan"), float("nan")
+    out = one_head(bias, hopper, causal=True)[1]
+    assert torch.equal(out[0].isnan(), (torch.arange(150) == 70).view(1, 150, 1).expand(2, -1, 64))
+
+
 def test_what_goes_to_the_portable_kernels(hopper):
     from emulation.library import AMPERE, HOPPER
 
@@ -108,6 +153,15 @@ def test_what_goes_to_the_portable_kernels(hopper):
         {"alibi_slopes": torch.ones(2)}, {"mask": torch.ones(70, 70).bool()},
     ):  # fmt: skip
         assert why(q, q, q, **options) == "operands"
+    bias = torch.zeros(2, 70, 72).bfloat16()
+    for taken in (bias[..., :70], bias[:1, :1, :70], bias[..., 2:], bias[:, :1, :70].expand(-1, 70, -1)):
+        assert why(q, q, q, bias=taken) is None
+        for options in ({"softcap": 1.0}, {"scale": -1.0}, {"alibi_slopes": torch.ones(2)}, {"dropout_p": 0.1}):
+            assert why(q, q, q, bias=taken, **options) == "operands"
+        assert why(q, q, q, bias=taken, mask=torch.ones(70, 70).bool()) == "operands"
+    odd = torch.zeros(2, 70, 71).bfloat16()
+    for refused in (bias[..., 1:71], odd[..., :70], bias[..., :1], bias[..., :70].half(), bias[0, :, :70].T):
+        assert why(q, q, q, bias=refused) == "operands"
     assert why(q, q, q, dropout_p=0.5) is None
     assert why(few, long, long) == "split"
     one = torch.randn(1, 8, 1, 64).bfloat16()

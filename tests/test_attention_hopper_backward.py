@@ -152,7 +152,8 @@ def test_what_goes_to_the_portable_kernels(backward):
     assert why(q, q, q) is None and why(few, long, long) is None
     assert why(q, q, q, causal=True, window=(5, -1), key_lengths=torch.tensor([9]), sinks=torch.ones(2)) is None
     assert why(q.float(), q.float(), q.float()) == "dtype"
-    assert why(q, q, q, softcap=1.0) == "operands" and why(q, q, q, dropout_p=0.5) is None
+    assert why(q, q, q, softcap=1.0) == why(q, q, q, bias=torch.zeros(70, 70).bfloat16()) == "operands"
+    assert why(q, q, q, dropout_p=0.5) is None
     assert why(q, q, q, mask=torch.ones(1, 1, 1, 70).bool()) is None
     assert why(q, q, q, mask=torch.ones(2, 1, 70).bool()) == "operands"
     assert why(wide, wide, wide) is None and why(q, q, wide) is None

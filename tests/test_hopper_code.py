@@ -15,12 +15,16 @@ SOURCES = ROOT / "csrc/cuda/hopper"
 NVCC = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda", "bin", "nvcc")
 FLAGS = ["-c", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
 WIDTHS = {"forward": (64, 128, 256), "backward": (64, 128, 256)}
+# What a kernel is compiled with, as HopperExtra. Backward has no bias.
+NONE, DROPOUT, BIAS = range(3)
+EXTRAS = {"forward": (NONE, DROPOUT, BIAS), "backward": (NONE, DROPOUT)}
 # Forward: a tile of keys by head dimension, of which one warp has 16 rows: exponents of a thread, products.
-KEYS = {False: {64: 112, 128: 128, 256: 80}, True: {64: 128, 128: 128, 256: 64}}  # without and with dropout
+WITH_MORE = {64: 128, 128: 128, 256: 64}
+KEYS = {NONE: {64: 112, 128: 128, 256: 80}, DROPOUT: WITH_MORE, BIAS: WITH_MORE}
 # Backward: a tile of queries, and one of keys.
 QUERIES, BACKWARD_KEYS = {64: 128, 128: 64, 256: 64}, {64: 128, 128: 128, 256: 64}
 SCORES = {64: 128, 128: 64, 256: 32}  # queries of a warpgroup
-REGISTERS = {("forward", 64, False): (32, 160)}  # else (24, 240)
+REGISTERS = {("forward", 64, NONE): (32, 160)}  # else (24, 240)
 
 pytestmark = [
     pytest.mark.skipif(not NVCC.is_file(), reason="needs nvcc: set CUDA_HOME"),
@@ -33,8 +37,8 @@ EACH = pytest.mark.parametrize("direction, dtype", [(d, t) for d in WIDTHS for t
 
 
 def of(direction):
-    each = [(t, width, drops) for t in DTYPES for width in WIDTHS[direction] for drops in (False, True)]
-    return pytest.mark.parametrize("dtype, width, drops", each)
+    each = [(t, width, extra) for t in DTYPES for width in WIDTHS[direction] for extra in EXTRAS[direction]]
+    return pytest.mark.parametrize("dtype, width, extra", each)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def test_products_run_by_themselves(compiled, direction, dtype):
 def test_nothing_is_spilled(compiled, direction, dtype):
     said = compiled(direction, dtype)[1]
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    kernels = len(WIDTHS[direction]) * (3 if direction == "backward" else 2)  # and the one that writes dq
+    kernels = len(WIDTHS[direction]) * 3  # backward: that which writes dq among them
     assert len(spills) == kernels, said
     # of width 64 with dropout: two words that are read once a tile
     assert [spill for spill in spills if spill != ("0", "0", "0")] in ([], [("8", "8", "8")]), said
@@ -80,7 +84,7 @@ def find_cuobjdump() -> tuple[Path, str] | None:
 
 @pytest.fixture(scope="module")
 def machine_code(compiled):
-    """machine_code(direction, dtype): (width, dropout) -> instructions, in order"""
+    """machine_code(direction, dtype): (width, extra) -> instructions, in order"""
     tool = find_cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump and nvdisasm")
@@ -92,11 +96,11 @@ def machine_code(compiled):
         functions = {}
         for part in text.split("Function : ")[1:]:
             name = part.partition("\n")[0]
-            found = re.search(rf"Hopper(Wide)?{direction.capitalize()}I\w+?(?:Li(\d+)E)?Lb([01])E", name)
+            found = re.search(rf"Hopper(Wide)?{direction.capitalize()}I\w+?(?:Li(\d+)E)?L(?:b|\w+ExtraE)([012])E", name)
             if found:
                 instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*[^;]*);", part)
-                functions[int(found.group(2) or 256), found.group(3) == "1"] = instructions
-        assert sorted(functions) == [(width, drops) for width in WIDTHS[direction] for drops in (False, True)]
+                functions[int(found.group(2) or 256), int(found.group(3))] = instructions
+        assert sorted(functions) == [(width, extra) for width in WIDTHS[direction] for extra in EXTRAS[direction]]
         return functions
 
     return disassemble
@@ -118,9 +122,9 @@ def waits_of(instructions):
 
 
 @of("forward")
-def test_instructions(machine_code, dtype, width, drops):
-    code = machine_code("forward", dtype)[width, drops]
-    keys, boxes = KEYS[drops][width], width // 64
+def test_instructions(machine_code, dtype, width, extra):
+    code = machine_code("forward", dtype)[width, extra]
+    keys, boxes = KEYS[extra][width], width // 64
     # scores twice, the first and the others; values twice, the others and the last
     assert count(code, f"HGMMA.64x{keys}x16") >= 2 * width // 16
     values = count(code, f"HGMMA.64x{min(width, 128)}x16") - (2 * width // 16 if keys == min(width, 128) else 0)
@@ -131,19 +135,29 @@ def test_instructions(machine_code, dtype, width, drops):
 
 
 @of("forward")
-def test_softmax_runs_beside_a_product(machine_code, dtype, width, drops):
+def test_softmax_runs_beside_a_product(machine_code, dtype, width, extra):
     """Between the wait for the scores and that for the values before are all exponents.
 
     In a straight line ptxas would wait for both at once.
     """
-    waits = waits_of(machine_code("forward", dtype)[width, drops])
+    waits = waits_of(machine_code("forward", dtype)[width, extra])
     scores = [n for n, (pending, _) in enumerate(waits) if pending == 1]
-    assert len(scores) == 1 and waits[scores[0] + 1][1] >= KEYS[drops][width] // 2
+    assert len(scores) == 1 and waits[scores[0] + 1][1] >= KEYS[extra][width] // 2
+
+
+@of("forward")
+def test_a_bias_is_read_beside_products(machine_code, dtype, width, extra):
+    """Two keys at a time: after the products are handed out, before the wait for the scores."""
+    code = machine_code("forward", dtype)[width, extra]
+    wait = next(n for n, line in enumerate(code) if line.startswith("WARPGROUP.DEPBAR") and "0x1" in line)
+    products = max(n for n, line in enumerate(code[:wait]) if line.startswith("HGMMA"))
+    reads = sum(line.startswith("LDG.E R") for line in code[products:wait])
+    assert reads == (KEYS[extra][width] // 4 if extra == BIAS else 0)
 
 
 @of("backward")
-def test_instructions_of_backward(machine_code, dtype, width, drops):
-    code, queries, boxes = machine_code("backward", dtype)[width, drops], QUERIES[width], width // 64
+def test_instructions_of_backward(machine_code, dtype, width, extra):
+    code, queries, boxes = machine_code("backward", dtype)[width, extra], QUERIES[width], width // 64
     times = 2 if width == 256 else 1  # the first scores and the others; the last gradients and the others
     shapes = {32: 0, 64: 0, 128: 0}
     shapes[SCORES[width]] += 2 * width // 16 * times  # scores and dp
@@ -155,12 +169,12 @@ def test_instructions_of_backward(machine_code, dtype, width, drops):
     assert count(code, "UTMALDG.4D") == 4 * boxes
     assert count(code, "UBLKRED.G.S.ADD.F32") == count(code, "UBLKCP.G.S") == 1
     assert count(code, "USETMAXREG") == 2
-    assert count(code, "LDL") + count(code, "STL") <= (4 if drops and width == 64 else 0)
+    assert count(code, "LDL") + count(code, "STL") <= (4 if extra == DROPOUT and width == 64 else 0)
     assert not count(code, "HMMA")
 
 
 @of("backward")
-def test_weights_are_made_beside_a_product(machine_code, dtype, width, drops):
+def test_weights_are_made_beside_a_product(machine_code, dtype, width, extra):
     """The waits for scores, dp, dv and dq, dk; all exponents are between the first two, while dp is on its way.
 
     Wide: in the loop for dv, dq, dk, scores and dp, the latter two of the next tile.
@@ -169,19 +183,19 @@ def test_weights_are_made_beside_a_product(machine_code, dtype, width, drops):
     dp = 1 if width == 128 else 0  # narrow: dv begins later
     first, gradients = [(1, 0), (dp, exponents)], [(1, 0), (0, 0)]
     loop = [(3, 0), (2, 0), (2, 0), (1, 0), (0, exponents)] if width == 256 else []
-    assert waits_of(machine_code("backward", dtype)[width, drops]) == [*first, *loop, *gradients]
+    assert waits_of(machine_code("backward", dtype)[width, extra]) == [*first, *loop, *gradients]
 
 
 @EACH
 def test_registers_are_within_what_each_role_has(machine_code, direction, dtype):
     """After setmaxnreg; nothing but spinning waits lies outside of the two stretches."""
-    for (width, drops), code in machine_code(direction, dtype).items():
+    for (width, extra), code in machine_code(direction, dtype).items():
         more, fewer = (
             next(n for n, line in enumerate(code) if f"USETMAXREG.{kind}" in line) for kind in ("TRY", "DEALLOC")
         )
         last = max(n for n, line in enumerate(code) if line.startswith("EXIT"))
         assert more < fewer < last
-        fetching, multiplying = REGISTERS.get((direction, width, drops), (24, 240))
+        fetching, multiplying = REGISTERS.get((direction, width, extra), (24, 240))
 
         def highest(lines):
             return max(int(number) for line in lines for number in re.findall(r"\bR(\d+)\b", line))

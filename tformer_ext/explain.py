@@ -40,8 +40,9 @@ HOPPER_REFUSALS = {
     3: ("not_built", "this build has none: its TFORMER_CUDA_ARCHS have no 90"),
     4: (
         "operands",
-        "with bias, a mask that differs by query (in backward by head too), ALiBi, softcap or a scale that is not "
-        "positive there are none",
+        "with a mask that differs by query (in backward by head too), ALiBi, softcap, a scale that is not positive, or "
+        "a bias (in forward one of another dtype, without a stride of 1 by key and even ones else, or with dropout) "
+        "there are none",
     ),
     5: ("split", "there are few queries for many keys, so the keys are split over blocks"),
     6: ("layout", "addresses or strides are no multiples of 16 bytes, a dimension is expanded, or there are no keys"),

@@ -26,8 +26,9 @@ AttentionCall attention_call(const AttentionParams& p) {
   AttentionCall call{};
   call.p = p;
   call.packed = p.cu_seqlens_q != nullptr;
-  call.plain =
-      !p.bias.data && rows_share_mask(p) && !p.alibi_slopes && p.softcap == 0 && p.scale > 0 && std::isfinite(p.scale);
+  call.plain_but_bias =
+      rows_share_mask(p) && !p.alibi_slopes && p.softcap == 0 && p.scale > 0 && std::isfinite(p.scale);
+  call.plain = call.plain_but_bias && !p.bias.data;
   call.splits = call.parts = call.pairs = call.shared_batches = call.shared_heads = 1;
   return call;
 }
@@ -75,7 +76,7 @@ gpu::Status launch_hopper_forward(const AttentionCall& call, [[maybe_unused]] co
   const AttentionParams& p = call.p;
   const int multiprocessors = on.device().multiprocessors;
   const int64_t tiles = (call.packed ? 1 : p.B) * p.Hq *
-                        hopper_query_tiles(call, hopper_forward_queries(std::max(p.D, p.Dv), p.dropout_p > 0));
+                        hopper_query_tiles(call, hopper_forward_queries(std::max(p.D, p.Dv), hopper_extra(p)));
   // Equal tiles are dealt out beforehand, and so is one for each multiprocessor.
   std::optional<Tensor> ticket;
   if (tiles > multiprocessors && (p.causal != kNotCausal || p.key_lengths || call.packed)) {

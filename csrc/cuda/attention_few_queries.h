@@ -71,7 +71,8 @@ inline void choose_splits(AttentionCall& call, int64_t least_splits) {
 inline AttentionCall forward_launch(const AttentionCall& given) {
   AttentionCall call = given;
   if (heads_as_queries(call.p)) {
-    call.plain = call.plain && rows_share_mask(call.p);
+    call.plain_but_bias = call.plain_but_bias && rows_share_mask(call.p);
+    call.plain = call.plain && call.plain_but_bias;
     choose_splits(call, call.p.sinks ? 2 : 1);  // a head's sink can only be added by the merge
     if (!call.p.sinks || call.splits > 1) return call;
     call = given;

@@ -10,10 +10,11 @@ namespace tformer {
 // What a launch needs beside AttentionParams.
 struct AttentionCall {
   AttentionParams p;
-  gpu::WorkGrid grid;  // the launch functions fill it
-  bool packed;         // sequences lie one after the other, p.cu_seqlens_* tell where
-  bool aligned;        // rows of all tensors begin at multiples of 16 bytes
-  bool plain;          // no operand but the scale (positive), what key_range.h knows and a mask by keys; dropout aside
+  gpu::WorkGrid grid;   // the launch functions fill it
+  bool packed;          // sequences lie one after the other, p.cu_seqlens_* tell where
+  bool aligned;         // rows of all tensors begin at multiples of 16 bytes
+  bool plain;           // no operand but the scale (positive), what key_range.h knows and a mask by keys; dropout aside
+  bool plain_but_bias;  // plain, if it had no bias
 
   // Forward. Split keys: each split has a part of the keys, and its own o and lse. Null where there is one split.
   int64_t splits, split_keys;

@@ -178,8 +178,8 @@ TFORMER_DEVICE R sink_of(const AttentionParams& p, int64_t h) {
 }
 
 // A mask by keys, where there is one: scores of the keys that it hides, kC * 4 of them from key0 on, become -inf.
-template <class P, class T, int kLaneRows, int kC>
-TFORMER_DEVICE void hide_keys(const Scores<T, true>& scores, float (&s)[kLaneRows][kC], int key0) {
+template <class P, class T, bool kPlain, int kLaneRows, int kC>
+TFORMER_DEVICE void hide_keys(const Scores<T, kPlain>& scores, float (&s)[kLaneRows][kC], int key0) {
   if (!scores.p.mask.data) return;
   constexpr int kKeys = 4 * kC;
 #pragma unroll

@@ -15,15 +15,23 @@ inline bool can_be_mapped(const Rows& t, int64_t B, int64_t H, int64_t S) {
   return can;
 }
 
-// What both directions ask.
-inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device& device) {
+// Whether kernels can read the bias of two neighbouring keys, of which the first is even, by one load of 4 bytes.
+inline bool bias_in_pairs(const AttentionParams& p) {
+  bool can = p.bias.dtype == p.dtype && p.bias.stride[3] == 1 && reinterpret_cast<uintptr_t>(p.bias.data) % 4 == 0;
+  for (int d = 0; d < 3; ++d) can = can && p.bias.stride[d] % 2 == 0;
+  return can;
+}
+
+// What both directions ask. takes_bias: this one has kernels for a bias.
+inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device& device, bool takes_bias) {
   const AttentionParams& p = call.p;
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return HopperRefusal::dtype;
   if (device.major != 9 || device.minor != 0) return HopperRefusal::device;
 #ifndef TFORMER_HOPPER
   return HopperRefusal::not_built;
 #endif
-  if (!call.plain) return HopperRefusal::operands;
+  const bool biased = takes_bias && call.plain_but_bias && p.bias.data && p.dropout_p == 0 && bias_in_pairs(p);
+  if (!call.plain && !biased) return HopperRefusal::operands;
   const int64_t batches = call.packed ? 1 : p.B;
   const bool mapped = can_be_mapped(p.q, batches, p.Hq, p.Sq) && can_be_mapped(p.k, batches, p.Hk, p.Sk) &&
                       can_be_mapped(p.v, batches, p.Hk, p.Sk);
@@ -32,7 +40,7 @@ inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device
 }
 
 inline HopperRefusal hopper_forward_refusal(const AttentionCall& call, const gpu::Device& device) {
-  const HopperRefusal refusal = hopper_refusal(call, device);
+  const HopperRefusal refusal = hopper_refusal(call, device, true);
   if (refusal != HopperRefusal::none && refusal != HopperRefusal::layout) return refusal;
   if (call.splits > 1) return HopperRefusal::split;
   if (refusal != HopperRefusal::none) return refusal;
@@ -42,7 +50,7 @@ inline HopperRefusal hopper_forward_refusal(const AttentionCall& call, const gpu
 // A call without grad_o is asked about before there is one.
 inline HopperRefusal hopper_backward_refusal(const AttentionCall& call, const gpu::Device& device) {
   const AttentionParams& p = call.p;
-  const HopperRefusal refusal = hopper_refusal(call, device);
+  const HopperRefusal refusal = hopper_refusal(call, device, false);
   if (refusal != HopperRefusal::none) return refusal;
   const bool mapped = !p.grad_o.data || can_be_mapped(p.grad_o, call.packed ? 1 : p.B, p.Hq, p.Sq);
   if (!mapped || p.Sq == 0) return HopperRefusal::layout;

@@ -10,19 +10,22 @@
 
 #include "../attention_rows.h"
 #include "../attention_work.h"
+#include "attention_bias.h"
 #include "attention_launch.h"
 #include "box_tile.h"
 
 namespace tformer::gpu {
 
 // Registers of a thread: o, kWidth / 2; scores, kKeys / 2; weights, kKeys / 4. Shared memory: two tiles of queries (one
-// of width 256), two of keys, two of values, up to 224 KB. Dropout wants whole blocks of its counters.
-template <int kWidth, bool kDropout>
+// of width 256), two of keys, two of values, up to 224 KB. Dropout wants whole blocks of its counters; a bias takes
+// kKeys / 4 registers more.
+template <int kWidth, HopperExtra kExtra>
 struct HopperShape {
-  static constexpr int kGroups = kWidth == 64 && !kDropout ? 3 : 2;  // warpgroups that multiply
-  static constexpr int kKeys = kDropout ? (kWidth == 256 ? 64 : 128) : kWidth == 256 ? 80 : kWidth == 128 ? 128 : 112;
-  static constexpr int kRows = hopper_forward_queries(kWidth, kDropout);
-  static_assert(!kDropout || kKeys % kPhiloxBlock == 0);
+  static constexpr bool kNone = kExtra == HopperExtra::none;
+  static constexpr int kGroups = kWidth == 64 && kNone ? 3 : 2;  // warpgroups that multiply
+  static constexpr int kKeys = kNone ? (kWidth == 256 ? 80 : kWidth == 128 ? 128 : 112) : kWidth == 256 ? 64 : 128;
+  static constexpr int kRows = hopper_forward_queries(kWidth, kExtra);
+  static_assert(kExtra != HopperExtra::dropout || kKeys % kPhiloxBlock == 0);
   static_assert(kRows == 64 * kGroups);
   // of the 168 (three groups: 128) each that a block is launched with; the fetching warpgroup gives up what others need
   static constexpr int kFetchRegisters = kGroups == 2 ? 24 : 32, kRegisters = kGroups == 2 ? 240 : 160;
@@ -53,9 +56,11 @@ struct HopperTile {
   }
 };
 
-template <class T, int kWidth, bool kDropout>
+template <class T, int kWidth, HopperExtra kExtra>
 struct HopperForward {
-  using Shape = HopperShape<kWidth, kDropout>;
+  using Shape = HopperShape<kWidth, kExtra>;
+  static constexpr bool kDropout = kExtra == HopperExtra::dropout, kBias = kExtra == HopperExtra::bias;
+  using FinalScores = Scores<T, !kBias>;  // of which weights are made
   using P = TensorCores<T, 2>;
   static constexpr int kGroups = Shape::kGroups, kRows = Shape::kRows, kKeys = Shape::kKeys;
   static constexpr int kBuffers = 2, kQueryBuffers = kWidth == 256 ? 1 : 2;
@@ -208,17 +213,22 @@ struct HopperForward {
   }
 
   TFORMER_DEVICE void multiply(const HopperTile& tile, const QueryTile& queries, int passed) const {
-    const Scores<T, true> scores(p, sequence_of(p, tile.b), tile.b, tile.h);
+    const FinalScores scores(p, sequence_of(p, tile.b), tile.b, tile.h);
     const int row0 = first_row(tile);
     const int all_begin = scores.range.begin(row0 + 15);  // what all queries of the warp see
     const int all_end = row0 + 16 <= scores.Sq ? scores.range.end(row0) : 0;
     float o[2][kWidth / 4], s[2][kKeys / 4], rescale[2];
     uint32_t weights[kKeys / 16][4];
     clear(o);
-    OnlineSoftmax<T, 2, true> softmax;
+    OnlineSoftmax<T, 2, !kBias> softmax;
+    BiasTile<T, kBias ? kKeys : 8> bias;
 
+    const auto read_bias = [&](int n) {
+      if constexpr (kBias) bias.read(p, tile.b, tile.h, first_row(tile), tile.first_key0 + n * kKeys);
+    };
     const auto weigh = [&](int n) {  // scores of tile n become weights
       const int key0 = tile.first_key0 + n * kKeys;
+      if constexpr (kBias) bias.add_to(s, scores.scale);
       if (key0 < all_begin || key0 + kKeys > all_end) {
         const Scores<T, true> anew(p, sequence_of(p, tile.b), tile.b, tile.h);
         finish_scores<P>(anew, s, tile.b, first_row(tile), key0, 0, anew.range.Sk);
@@ -230,6 +240,7 @@ struct HopperForward {
     };
 
     if (tile.count > 0) {
+      read_bias(0);
       wait_for_part(k_handover, passed);
       multiply_keys(s, queries, passed);
       wgmma_wait<0>();
@@ -248,6 +259,7 @@ struct HopperForward {
       multiply_values(o, weights, passed + n - 1);
       const bool last = n + 1 == tile.count && group() == kGroups - 1;
       if (!last) give_turn_to(group() == kGroups - 1 ? 0 : group() + 1);
+      read_bias(n);  // beside both products
       wgmma_wait<1>();
       hold(s);
       release(k_handover[buffer_of(passed + n)]);
@@ -257,7 +269,7 @@ struct HopperForward {
       // product.
       do {
         wgmma_wait<0>();
-      } while (scores.unit < 0);
+      } while ((kBias ? scores.scale : scores.unit) < 0);
       hold(o);
       hold(weights);
       release(v_handover[buffer_of(passed + n - 1)]);
@@ -342,9 +354,9 @@ struct HopperForward {
 
   // The results leave through where the queries lay.
   TFORMER_DEVICE void finish(const HopperTile& tile, const QueryTile& queries, float (&o)[2][kWidth / 4],
-                             OnlineSoftmax<T, 2, true>& softmax) const {
+                             OnlineSoftmax<T, 2, !kBias>& softmax) const {
     const Sequence sequence = sequence_of(p, tile.b);
-    const Scores<T, true> scores(p, sequence, tile.b, tile.h);
+    const FinalScores scores(p, sequence, tile.b, tile.h);
     const Positions seq(sequence);
     const int row0 = first_row(tile);
     float* lse = static_cast<float*>(p.lse) + tile.b * p.lse_stride[0] + tile.h * p.lse_stride[1] + seq.q_begin;
@@ -365,9 +377,8 @@ struct HopperForward {
   }
 
   // As AttentionForward::redo_row.
-  TFORMER_DEVICE void redo_row(const HopperTile& tile, const Scores<T, true>& scores, const Positions& seq,
-                               int i) const {
-    RowForward<T, true> row(scores, seq, tile.b, tile.h, i);
+  TFORMER_DEVICE void redo_row(const HopperTile& tile, const FinalScores& scores, const Positions& seq, int i) const {
+    RowForward<T, !kBias> row(scores, seq, tile.b, tile.h, i);
     for (int j = scores.range.begin(i); j < scores.range.end(i); ++j) row.add_key(j);
     if (p.sinks) row.add_weight(sink_of<float>(p, tile.h));
     row.store(row_at<T>(p.o, tile.b, tile.h, seq.q_begin + i));

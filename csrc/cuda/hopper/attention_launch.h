@@ -15,7 +15,7 @@ enum class HopperRefusal : int64_t {
   device = 2,     // compute capability is not 9.0
   not_built = 3,  // TFORMER_CUDA_ARCHS has no 90
   operands = 4,   // more than scale, causal, window, key lengths, mask by keys (backward: of all heads), packed
-                  // sequences, sinks and dropout
+                  // sequences, sinks and dropout; or, forward, a bias in pairs in its place
   split = 5,      // few queries and long keys: the keys are split
   layout = 6,     // not multiples of 16 bytes, an expanded dimension, no keys; backward: no queries
   not_wanted = 7  // TFORMER_EXT_SM90 is 0
@@ -29,8 +29,16 @@ struct HopperForwardCall {
   int32_t* ticket;
 };
 
+// What a call has beside what all have; kernels are compiled for each.
+enum class HopperExtra { none, dropout, bias };
+constexpr HopperExtra hopper_extra(const AttentionParams& p) {
+  return p.dropout_p > 0 ? HopperExtra::dropout : p.bias.data ? HopperExtra::bias : HopperExtra::none;
+}
+
 // Rows of a forward tile of queries, and tiles of a head; all sequences where packed.
-constexpr int hopper_forward_queries(int64_t width, bool drops) { return width <= 64 && !drops ? 192 : 128; }
+constexpr int hopper_forward_queries(int64_t width, HopperExtra extra) {
+  return width <= 64 && extra == HopperExtra::none ? 192 : 128;
+}
 constexpr int64_t hopper_query_tiles(const AttentionCall& call, int rows) {
   return call.packed ? call.p.Sq / rows + call.p.B : (call.p.Sq + rows - 1) / rows;
 }
