@@ -163,8 +163,8 @@ std::tuple<int64_t, int64_t> attention_refusals(Tensor query, Tensor key, Tensor
 }
 
 // Where the gradient of the bias is summed. With a query dimension: in the bias's own shape, by the kernel for dq,
-// several times over where many batches and heads share it. Without: (B, Hq, 1, Sk), by the kernel for dk and dv. A sum
-// in fixed order then gives the bias's shape.
+// several times over where many batches and heads share it; where not, nothing is left to add. Without: (B, Hq, 1, Sk),
+// by the kernel for dk and dv. A sum in fixed order then gives the bias's shape.
 class BiasGradient {
  public:
   BiasGradient(AttentionCall& call, const OptionalTensor& bias, bool wanted) {
@@ -182,13 +182,15 @@ class BiasGradient {
       call.part_stride *= sizes_[d];
     }
     if (call.bias_has_rows) choose_parts(call);
-    sums_ = empty({call.parts, sizes_[0], sizes_[1], sizes_[2], sizes_[3]}, accumulator_type(p.dtype), *bias);
+    const Sizes with_parts{call.parts, sizes_[0], sizes_[1], sizes_[2], sizes_[3]};
+    sums_ = empty(call.parts == 1 ? sizes_ : with_parts, accumulator_type(p.dtype), *bias);
     torch::stable::zero_(*sums_);
     p.grad_bias = sums_->mutable_data_ptr();
   }
 
   Tensor result(const AttentionCall& call, const OptionalTensor& bias, const Tensor& like, gpu::Stream stream) {
     if (!sums_) return empty({0}, bias.has_value() ? bias->scalar_type() : like.scalar_type(), like);
+    if (call.bias_has_rows && call.parts == 1) return torch::stable::to(*sums_, bias->scalar_type());
     Tensor sum = empty(shape_, accumulator_type(call.p.dtype), *bias);
     SumCall over{};
     over.in = call.p.grad_bias;
