@@ -78,7 +78,7 @@ def check_values(case, dtype):
 
 # Tiles are 128 keys by 64 queries, up to width 64 by 128; above 128 they are 64 by 64.
 BACKWARD_CASES = [
-    *(case for case in HOPPER_CASES if case.name != "mask per key and head" and not case.bias),
+    *(case for case in HOPPER_CASES if case.name != "mask per key and head"),
     Case("several tiles", (1, 2, 1, 300, 400, 128, 128)),
     Case("several tiles causal", (1, 2, 2, 400, 400, 64, 64), {"causal": True}),
     Case("eight heads of queries", (1, 8, 1, 70, 150, 128, 128), {"causal": "lower_right"}),
@@ -88,6 +88,9 @@ BACKWARD_CASES = [
     Case("window right only", (1, 2, 1, 300, 300, 64, 64), {"window": (-1, 10)}),
     Case("window left only", (1, 2, 1, 300, 300, 64, 64), {"window": (10, -1)}),
     Case("all keys hidden", (2, 2, 1, 70, 150, 128, 128), {"key_lengths": [0, 0]}),
+    Case("bias over several tiles", (1, 2, 1, 300, 400, 128, 128), bias=(1, 2, 300, 400)),
+    Case("bias over several tiles causal", (1, 4, 2, 400, 400, 64, 64), {"causal": True}, bias=(1, 4, 400, 400)),
+    Case("bias, window", (1, 2, 2, 300, 300, 128, 128), {"window": (100, 40)}, bias=(1, 2, 300, 300)),
     Case("wide several tiles", (1, 2, 1, 300, 280, 256, 256)),
     Case("wide several tiles causal", (1, 2, 2, 260, 260, 256, 256), {"causal": True}),
     Case("wide eight heads of queries", (1, 8, 1, 70, 150, 256, 256), {"causal": "lower_right"}),
@@ -116,10 +119,11 @@ def backward_inputs(case, dtype):
 
 
 def check_gradients(case, dtype):
-    """Gradients of query, key, value and sinks, by out and lse, against float64."""
+    """Gradients of query, key, value, bias and sinks, by out and lse, against float64."""
     qkv, options, cotangents = backward_inputs(case, dtype)
     golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)[1]
     same = list(zip(*yardsticks(qkv, options, cotangents, dtype), strict=True))[2:]
     actual = gradients(F.attention, *in_dtype(qkv, options, dtype, True), cotangents)[1]
-    for name, a, g, f in zip(("query", "key", "value", "sinks"), actual, golden, same, strict=False):
+    names = ("query", "key", "value", *(name for name in ("bias", "sinks") if name in options))
+    for name, a, g, f in zip(names, actual, golden, same, strict=True):
         assert_gradient_close(a, g, farther(f, g), f"{dtype} gradient of {name}")

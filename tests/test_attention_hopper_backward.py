@@ -5,7 +5,8 @@ import pytest
 import torch
 from cases import CASES, gradients, in_dtype
 from hopper_cases import BACKWARD_CASES, DTYPES, backward_inputs, check_gradients
-from tolerances import assert_close
+from same_maths import yardsticks
+from tolerances import assert_close, assert_gradient_close, farther
 
 from tformer_ext import functional as F
 from tformer_ext import reference
@@ -32,7 +33,7 @@ def backward(hopper, monkeypatch):
 RACES = ("several tiles", "several tiles causal", "eight heads of queries", "window over several tiles", "dead rows",
          "key lengths", "causal 64", "window left only", "dropout 64", "dropout, window", "wide several tiles",
          "wide several tiles causal", "wide eight heads of queries", "wide window over several tiles",
-         "wide key lengths")  # fmt: skip
+         "wide key lengths", "bias over several tiles", "bias over several tiles causal")  # fmt: skip
 MOST = [c for c in BACKWARD_CASES if c.name in RACES]
 IN_DTYPES = [(c, torch.bfloat16) for c in BACKWARD_CASES] + [(c, torch.float16) for c in MOST]
 
@@ -41,7 +42,50 @@ IN_DTYPES = [(c, torch.bfloat16) for c in BACKWARD_CASES] + [(c, torch.float16) 
 def test_gradients(case, dtype, backward):
     check_gradients(case, dtype)
     nothing = "all keys hidden" in case.name
-    assert (backward.boxes() > 0) != nothing
+    assert (backward.boxes() > 0) != (nothing or is_shared(case))
+
+
+def is_shared(case):
+    """Whether several pairs share an entry of the bias, so that its gradient is for the portable kernels."""
+    return case.bias is not None and (case.bias != (*case.shape[:2], *case.shape[3:5]) or case.bias[2] == 1)
+
+
+@pytest.mark.parametrize("case", [c for c in BACKWARD_CASES if c.bias], ids=str)
+def test_gradients_beside_a_constant_bias(case, backward):
+    """Which may be shared. Where it has a gradient of its own, those of the others have the same bits with it."""
+    qkv, options, cotangents = backward_inputs(case, torch.bfloat16)
+
+    def run(to, of_bias):
+        leaves, operands = in_dtype(qkv, options, to, True)
+        operands["bias"].requires_grad_(of_bias)
+        results = F.attention(*leaves, **operands, return_lse=True)
+        total = sum((r * c.to(r.dtype)).sum() for r, c in zip(results, cotangents, strict=True))
+        return torch.autograd.grad(total, leaves)
+
+    actual = run(torch.bfloat16, False)
+    assert backward.boxes() > 0
+    golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)[1]
+    same = list(zip(*yardsticks(qkv, options, cotangents, torch.bfloat16), strict=True))[2:]
+    for name, a, g, f in zip(("query", "key", "value"), actual, golden, same, strict=False):
+        assert_gradient_close(a, g, farther(f, g), name)
+    if not is_shared(case):
+        for a, b in zip(actual, run(torch.bfloat16, True), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_gradient_of_a_bias_where_values_are_not_finite(bad, backward):
+    """Of hidden pairs it is 0 all the same: by position, by length, by -inf."""
+    q, k, v = (torch.randn(1, 2, 150, 64).bfloat16() for _ in range(3))
+    bias = torch.randn(1, 2, 150, 150).bfloat16()
+    bias[..., 90:100] = -float("inf")
+    k[:, :, 100:], v[:, :, 90:, 5] = bad, bad
+    bias.requires_grad_()
+    for options in ({"key_lengths": torch.tensor([100], dtype=torch.int32)}, {"causal": True}):
+        hidden = 90 if options.get("key_lengths") is not None else 0
+        (grad,) = torch.autograd.grad(F.attention(q, k, v, bias=bias, **options).float().nan_to_num().sum(), bias)
+        assert backward.boxes() > 0
+        assert not grad[..., hidden:].any() if hidden else not grad.triu(1).any()
 
 
 TAKEN = ("several key ranges", "causal lower right tall has dead rows", "causal upper left wide", "window causal",
@@ -152,7 +196,11 @@ def test_what_goes_to_the_portable_kernels(backward):
     assert why(q, q, q) is None and why(few, long, long) is None
     assert why(q, q, q, causal=True, window=(5, -1), key_lengths=torch.tensor([9]), sinks=torch.ones(2)) is None
     assert why(q.float(), q.float(), q.float()) == "dtype"
-    assert why(q, q, q, softcap=1.0) == why(q, q, q, bias=torch.zeros(70, 70).bfloat16()) == "operands"
+    assert why(q, q, q, softcap=1.0) == why(q, q, q, bias=torch.zeros(70, 71).bfloat16()[:, 1:]) == "operands"
+    for shape, taken in (((2, 70, 70), True), ((70, 70), False), ((2, 1, 70), False)):
+        bias = torch.zeros(shape).bfloat16()
+        assert why(q, q, q, bias=bias) is None
+        assert why(q, q, q, bias=bias.requires_grad_()) == (None if taken else "operands")
     assert why(q, q, q, dropout_p=0.5) is None
     assert why(q, q, q, mask=torch.ones(1, 1, 1, 70).bool()) is None
     assert why(q, q, q, mask=torch.ones(2, 1, 70).bool()) == "operands"

@@ -41,8 +41,8 @@ HOPPER_REFUSALS = {
     4: (
         "operands",
         "with a mask that differs by query (in backward by head too), ALiBi, softcap, a scale that is not positive, or "
-        "a bias (in forward one of another dtype, without a stride of 1 by key and even ones else, or with dropout) "
-        "there are none",
+        "a bias of another dtype, without a stride of 1 by key and even ones else, with dropout or (in backward) with "
+        "a gradient whose entries are shared there are none",
     ),
     5: ("split", "there are few queries for many keys, so the keys are split over blocks"),
     6: ("layout", "addresses or strides are no multiples of 16 bytes, a dimension is expanded, or there are no keys"),
@@ -185,9 +185,10 @@ def hopper_refusals(operator, query, key, value, options):
     full = (B, Hq, Sq, key.shape[2])
     dropout_p = options.get("dropout_p", 0.0)
     left, right = check.window_pair(options.get("window"))
+    bias = check.score_operand("bias", options.get("bias"), full)
     codes = operator(
         *(check.unit_stride(t) for t in (query, key, value)),
-        bias=check.score_operand("bias", options.get("bias"), full),
+        bias=bias,
         mask=check.score_operand("mask", options.get("mask"), full),
         alibi_slopes=check.alibi(options.get("alibi_slopes"), B, Hq, query.device),
         sinks=check.sink_logits(options.get("sinks"), Hq, query.device),
@@ -200,4 +201,6 @@ def hopper_refusals(operator, query, key, value, options):
         softcap=check.softcap_value(options.get("softcap", 0.0)),
         dropout_p=dropout_p,
     )
+    if bias is not None and bias.requires_grad and not codes[1] and (bias.shape != full or Sq == 1):
+        codes = codes[0], 4  # what the operator is not asked: entries of a gradient are shared
     return tuple(HOPPER_REFUSALS[code] if code else None for code in codes)

@@ -3,8 +3,6 @@
 
 #include <gpu/device.h>
 
-#include <type_traits>
-
 #include "attention_launch.h"
 
 namespace tformer::gpu {
@@ -56,12 +54,6 @@ Status for_kernel(const AttentionCall& call, F&& f) {
     }
     return f(width, Plain<false>{});
   });
-}
-
-// f(whether weights are dropped, as a type).
-template <class F>
-Status for_dropout(const AttentionCall& call, F&& f) {
-  return call.p.dropout_p > 0 ? f(std::true_type{}) : f(std::false_type{});
 }
 
 }  // namespace tformer::gpu

@@ -15,8 +15,9 @@
 
 namespace tformer::gpu {
 
-template <class T, int kWidth, bool kDropout>
+template <class T, int kWidth, HopperExtra kExtra>
 struct HopperBackward {
+  static constexpr bool kDropout = kExtra == HopperExtra::dropout, kBias = kExtra == HopperExtra::bias;
   using Shape = HopperBackwardShape<kWidth>;
   using P = TensorCores<T, 2>;
   static constexpr int kGroups = Shape::kGroups, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
@@ -104,7 +105,7 @@ struct HopperBackward {
     if (thread_index() < kWarpgroup) {
       fewer_registers<Shape::kFetchRegisters>();
       if (warp() == 0) fetch_all();
-      if (warp() == 1) fetch_query_rows<T, kQueries>(p, job, at.lse(0), at.q_handover);
+      if (warp() == 1) fetch_query_rows<T, kQueries, !kBias>(p, job, at.lse(0), at.q_handover);
       if (warp() >= 2) add_sums(warp() - 2);
     } else {
       more_registers<Shape::kRegisters>();
@@ -163,9 +164,14 @@ struct HopperBackward {
       multiply_rows(s, at.k, at.q_tile(n));
       mbarrier_wait(&at.grad_o_handover[buffer].full, phase_of(n));
       multiply_rows(dp, at.v, at.grad_o_tile(n));
-      wgmma_wait<1>();  // the scores
+      const int h = at_tile.head(job), i0 = at_tile.tile * kQueries, row0 = job.j0 + first_row();
+      TransposedBias<T, kBias && kEarly ? kQueries : 4> bias;
+      if constexpr (kBias && kEarly) bias.read(p, job.b, h, i0, row0);  // beside both products
+      wgmma_wait<1>();                                                  // the scores
       hold(s);
-      weigh<T, kDropout>(s, p, job, first_row(), at_tile.tile * kQueries, at.lse(n), drops());
+      if constexpr (kBias && kEarly) bias.add_to(s, 0, static_cast<float>(p.scale));
+      if constexpr (kBias && !kEarly) add_transposed_bias<T, 8>(s, p, job.b, h, i0, row0);
+      weigh<T, kExtra>(s, p, job, first_row(), at_tile.tile * kQueries, at.lse(n), drops());
       if constexpr (kEarly) {
         pack<true>(weights, s);
         multiply_down(dv, weights, at.grad_o_tile(n));
@@ -178,6 +184,9 @@ struct HopperBackward {
       }
       hold(dp);
       subtract_delta<P, kDropout>(dp, s, at.delta(n), given.dropout_scale);
+      if constexpr (kBias) {
+        store_grad_bias<P>(p, job, at_tile.head(job), first_row(), at_tile.tile * kQueries, s, dp);
+      }
       pack<false>(grads, dp);
       if constexpr (!kEarly) {
         pack<true>(weights, s);
@@ -303,7 +312,8 @@ struct HopperBackward {
 #pragma unroll 1
     for (int n = 0; n < 16; ++n) {
       if (suspects >> n & 1 && row0 + n < length) {
-        redo_grad_key<T, true, true, true>(p, Positions(job.sequence()), job.b, job.kv_head, job.group_size, row0 + n);
+        redo_grad_key<T, !kBias, true, true>(p, Positions(job.sequence()), job.b, job.kv_head, job.group_size,
+                                             row0 + n);
       }
     }
   }

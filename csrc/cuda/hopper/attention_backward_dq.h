@@ -6,7 +6,7 @@
 namespace tformer::gpu {
 
 // A block for each tile of queries.
-template <class T, int kWidth>
+template <class T, int kWidth, bool kPlain>
 struct HopperQueryGradients {
   using P = TensorCores<T, 2>;
   static constexpr int kQueries = HopperBackwardShape<kWidth>::kQueries;
@@ -30,7 +30,7 @@ struct HopperQueryGradients {
     const AttentionParams& p = given.call.p;
     const Sequence sequence = sequence_of(p, b);
     const Positions seq(sequence);
-    const Scores<T, true> scores(p, sequence, b, h);
+    const Scores<T, kPlain> scores(p, sequence, b, h);
     const int first = 16 * warp(), row0 = i0 + first;
     const int slot = slot_of(given.call, seq.q_begin, b, h, i0);
     const int kv_head = h / static_cast<int>(p.Hq / p.Hk);

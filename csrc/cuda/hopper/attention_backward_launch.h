@@ -30,22 +30,24 @@ Status launch_hopper_backward_kernels(const AttentionCall& given, const HopperSu
   return launch<QueryKernel>({grid.blocks()}, QueryKernel::kSharedBytes, stream, call);
 }
 
-template <class T, int kWidth, bool kDropout>
+template <class T, int kWidth, HopperExtra kExtra>
 struct HopperBackwardOf {
-  using type = HopperBackward<T, kWidth, kDropout>;
+  using type = HopperBackward<T, kWidth, kExtra>;
 };
-template <class T, bool kDropout>
-struct HopperBackwardOf<T, 256, kDropout> {
-  using type = HopperWideBackward<T, kDropout>;
+template <class T, HopperExtra kExtra>
+struct HopperBackwardOf<T, 256, kExtra> {
+  using type = HopperWideBackward<T, kExtra>;
 };
 
 template <class T>
 Status launch_hopper_backward(const AttentionCall& call, const HopperSums& sums, Stream stream) {
   return for_width(call, [&](auto width) {
-    return for_dropout(call, [&](auto drops) {
+    return for_extra(call.p, [&](auto extra) {
       constexpr int kWidth = decltype(width)::value;
-      using Kernel = typename HopperBackwardOf<T, kWidth, decltype(drops)::value>::type;
-      return launch_hopper_backward_kernels<Kernel, HopperQueryGradients<T, kWidth>>(call, sums, stream);
+      constexpr HopperExtra kExtra = decltype(extra)::value;
+      using Kernel = typename HopperBackwardOf<T, kWidth, kExtra>::type;
+      return launch_hopper_backward_kernels<Kernel, HopperQueryGradients<T, kWidth, kExtra != HopperExtra::bias>>(
+          call, sums, stream);
     });
   });
 }

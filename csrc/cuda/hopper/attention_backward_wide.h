@@ -8,8 +8,9 @@
 
 namespace tformer::gpu {
 
-template <class T, bool kDropout>
+template <class T, HopperExtra kExtra>
 struct HopperWideBackward {
+  static constexpr bool kDropout = kExtra == HopperExtra::dropout, kBias = kExtra == HopperExtra::bias;
   static constexpr int kWidth = 256, kHalf = kWidth / 2;  // columns of a warpgroup
   using Shape = HopperBackwardShape<kWidth>;
   using P = TensorCores<T, 2>;
@@ -105,7 +106,7 @@ struct HopperWideBackward {
     if (thread_index() < kWarpgroup) {
       fewer_registers<Shape::kFetchRegisters>();
       if (warp() == 0) fetch_all();
-      if (warp() == 1) fetch_query_rows<T, kQueries>(p, job, at.lse(0), at.q_handover);
+      if (warp() == 1) fetch_query_rows<T, kQueries, !kBias>(p, job, at.lse(0), at.q_handover);
       if (warp() >= 2) add_sums(warp() - 2);
     } else {
       more_registers<Shape::kRegisters>();
@@ -169,7 +170,7 @@ struct HopperWideBackward {
       if constexpr (kDropout) draw(at_tile);
       wgmma_wait<1>();
       hold(s);
-      differentiate(s, dp, 0, at_tile.tile);
+      differentiate(s, dp, 0, at_tile);
 #pragma unroll 1
       for (int n = 0; n < last; ++n) {
         at_tile.advance(job);
@@ -189,7 +190,7 @@ struct HopperWideBackward {
         if constexpr (kDropout) draw(at_tile);  // beside the product of dp
         wgmma_wait<1>();
         hold(s);
-        differentiate(s, dp, n + 1, at_tile.tile);
+        differentiate(s, dp, n + 1, at_tile);
       }
       start_gradients(dk, dv, dq, last);
       wgmma_wait<1>();
@@ -220,13 +221,18 @@ struct HopperWideBackward {
 
   // Scores and dp, which is on its way, become weights and ds in shared memory. Who read there two tiles before has
   // waited for it before the last meeting.
-  TFORMER_DEVICE void differentiate(float (&s)[2][kOwn / 4], float (&dp)[2][kOwn / 4], int n, int tile) const {
+  TFORMER_DEVICE void differentiate(float (&s)[2][kOwn / 4], float (&dp)[2][kOwn / 4], int n,
+                                    const QueryCounter& of) const {
     const int first = kOwn * group();
-    weigh<T, kDropout>(s, p, job, first_row(), tile * kQueries + first, at.lse(n) + first, drops());
+    if constexpr (kBias) {
+      add_transposed_bias<T, 8>(s, p, job.b, of.head(job), of.tile * kQueries + first, job.j0 + first_row());
+    }
+    weigh<T, kExtra>(s, p, job, first_row(), of.tile * kQueries + first, at.lse(n) + first, drops());
     put<true>(s, at.weights_tile(n), first);
     wgmma_wait<0>();
     hold(dp);
     subtract_delta<P, kDropout>(dp, s, at.delta(n) + first, given.dropout_scale);
+    if constexpr (kBias) store_grad_bias<P>(p, job, of.head(job), first_row(), of.tile * kQueries + first, s, dp);
     put<false>(dp, at.ds_tile(n), first);
     fence_async_proxy();
     sync_threads_of(kMultiplyBarrier, kGroups * kWarpgroup);
@@ -331,7 +337,8 @@ struct HopperWideBackward {
 #pragma unroll 1
     for (int n = first_redone; n < first_redone + 8; ++n) {
       if (suspects >> n & 1 && row0 + n < length) {
-        redo_grad_key<T, true, true, true>(p, Positions(job.sequence()), job.b, job.kv_head, job.group_size, row0 + n);
+        redo_grad_key<T, !kBias, true, true>(p, Positions(job.sequence()), job.b, job.kv_head, job.group_size,
+                                             row0 + n);
       }
     }
   }

@@ -5,6 +5,7 @@
 
 #include "../attention_backward.h"
 #include "attention_backward_dropout.h"
+#include "attention_bias.h"
 #include "attention_launch.h"
 #include "box_tile.h"
 
@@ -125,12 +126,12 @@ TFORMER_DEVICE void fetch_tile(const Tile& to, const TensorMap& map, Handover& h
   sync_warp();
 }
 
-// lse, as exponents, and delta, which may begin anywhere, beside each tile of queries: kQueries of the one, then of the
-// other, in a ring of two. By one warp.
-template <class T, int kQueries>
+// lse, as weights take it, and delta, which may begin anywhere, beside each tile of queries: kQueries of one, then of
+// the other, in a ring of two. By one warp.
+template <class T, int kQueries, bool kPlain>
 TFORMER_DEVICE void fetch_query_rows(const AttentionParams& p, const HopperKeyTile& job, float* rows,
                                      Handover* handovers) {
-  const Scores<T, true> scores(p, job.sequence(), job.b, 0);
+  const Scores<T, kPlain> scores(p, job.sequence(), job.b, 0);
   job.for_each_tile(kQueries, [&](int n, int h, int i0) {
     constexpr int kEach = kQueries / kWarp;
     const int64_t from = job.b * p.lse_stride[0] + h * p.lse_stride[1] + job.q_begin + i0 + lane();
@@ -189,12 +190,13 @@ TFORMER_DEVICE Two two_of(const float* rows, int c) {
   return *reinterpret_cast<const Two*>(rows + P::column(c));
 }
 
-// Products become weights: a warp's 16 keys, from the tile's `row` on, and queries from i0 on. kDropout: those that are
-// dropped become negative.
-template <class T, bool kDropout, int kC>
+// Products become weights: a warp's 16 keys, from the tile's `row` on, and queries from i0 on. With a bias
+// they are scores already. With dropout, those that are dropped become negative.
+template <class T, HopperExtra kExtra, int kC>
 TFORMER_DEVICE void weigh(float (&s)[2][kC], const AttentionParams& p, const HopperKeyTile& job, int row, int i0,
                           const float* lse, const GroupDropBits<4 * kC>& drops) {
   using P = TensorCores<T, 2>;
+  constexpr bool kDropout = kExtra == HopperExtra::dropout, kBias = kExtra == HopperExtra::bias;
   if (i0 < job.all_begin || i0 + 4 * kC > job.all_end) {
     const KeyRangeOf<int> range = job.range(p);
     const int lane_i0 = i0 + P::first_column();
@@ -218,7 +220,11 @@ TFORMER_DEVICE void weigh(float (&s)[2][kC], const AttentionParams& p, const Hop
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       float& x = s[e / 2][c + e % 2];
-      x = Exponent<T>::power(fma(x, unit, -held.x[e % 2]));
+      if constexpr (kBias) {  // hidden: whatever lse is, since no gradient of a bias is redone
+        x = x == -kInfinity<float> ? 0.0f : Exponent<T>::power((x - held.x[e % 2]) * Exponent<T>::kUnit);
+      } else {
+        x = Exponent<T>::power(fma(x, unit, -held.x[e % 2]));
+      }
       if constexpr (kDropout) x = drops.marked(x, dropped, e / 2, e % 2);
     }
   }
@@ -238,6 +244,27 @@ TFORMER_DEVICE void subtract_delta(float (&dp)[2][kC], const float (&weights)[2]
       if constexpr (kDropout) x = weight < 0 ? 0.0f : x * factor;
       x = (kDropout ? absolute(weight) : weight) * (x - subtracted.x[e % 2]);
     }
+  }
+}
+
+// The gradient of the bias, where it is wanted: ds, as subtract_delta leaves it, of pairs that are in no other tile.
+// What has no weight has no gradient, whatever dp is.
+template <class P, int kC>
+TFORMER_DEVICE void store_grad_bias(const AttentionParams& p, const HopperKeyTile& job, int h, int row, int i0,
+                                    const float (&weights)[2][kC], const float (&ds)[2][kC]) {
+  if (!p.grad_bias) return;
+  const int lane_i0 = i0 + P::first_column(), j = job.j0 + row + P::row(0), offset = P::row(1) - P::row(0);
+  const int64_t stride = p.grad_bias_stride[2];
+  float* at = static_cast<float*>(p.grad_bias) + job.b * p.grad_bias_stride[0] + h * p.grad_bias_stride[1] + j;
+  at += lane_i0 * stride;
+  const int rows = job.Sq - lane_i0;
+  const bool first = j < job.Sk, second = j + offset < job.Sk;
+#pragma unroll
+  for (int c = 0; c < kC; ++c) {  // step by step, as it is read
+    const bool there = P::column_offset(c) < rows;
+    if (there && first) at[0] = weights[0][c] == 0 ? 0.0f : ds[0][c];
+    if (there && second) at[offset] = weights[1][c] == 0 ? 0.0f : ds[1][c];
+    at += c % 2 == 0 ? stride : 7 * stride;
   }
 }
 

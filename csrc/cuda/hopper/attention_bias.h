@@ -1,6 +1,8 @@
 // How the kernels for sm_90a read a bias: see bias_in_pairs.
 #pragma once
 
+#include <gpu/hopper.h>
+
 #include "../attention_scores.h"
 
 namespace tformer::gpu {
@@ -45,5 +47,49 @@ struct BiasTile {
     }
   }
 };
+
+// As BiasTile, of transposed scores: keys by queries, so elements come one by one.
+template <class T, int kQueries>
+struct TransposedBias {
+  using P = TensorCores<T, 2>;
+  T x[2][kQueries / 4];
+
+  TFORMER_DEVICE void read(const AttentionParams& p, int b, int h, int i0, int row0) {
+    const int lane_i0 = i0 + P::first_column(), j = row0 + P::row(0), offset = P::row(1) - P::row(0);
+    const int64_t stride = p.bias.stride[2];
+    const T* row = static_cast<const T*>(p.bias.data) + b * p.bias.stride[0] + h * p.bias.stride[1] + j;
+    row += lane_i0 * stride;
+    const int rows = static_cast<int>(p.Sq) - lane_i0;
+    const bool first = j < p.Sk, second = j + offset < p.Sk;
+#pragma unroll
+    for (int c = 0; c < kQueries / 4; ++c) {  // step by step: registers are short
+      const bool there = P::column_offset(c) < rows;
+      x[0][c] = there && first ? row[0] : T{}, x[1][c] = there && second ? row[offset] : T{};
+      row += c % 2 == 0 ? stride : 7 * stride;
+    }
+  }
+
+  // Products become scores, in columns from `first` on.
+  template <int kC>
+  TFORMER_DEVICE void add_to(float (&s)[2][kC], int first, float scale) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int c = 0; c < kQueries / 4; ++c) s[r][first + c] = fma(s[r][first + c], scale, widen(x[r][c]));
+    }
+  }
+};
+
+// Where registers are short: kAtOnce queries after another are read and added.
+template <class T, int kAtOnce, int kC>
+TFORMER_DEVICE void add_transposed_bias(float (&s)[2][kC], const AttentionParams& p, int b, int h, int i0, int row0) {
+#pragma unroll
+  for (int first = 0; first < kC; first += kAtOnce / 4) {
+    TransposedBias<T, kAtOnce> bias;
+    bias.read(p, b, h, i0 + 4 * first, row0);
+    bias.add_to(s, first, static_cast<float>(p.scale));
+    hold(s);
+  }
+}
 
 }  // namespace tformer::gpu

@@ -22,15 +22,15 @@ inline bool bias_in_pairs(const AttentionParams& p) {
   return can;
 }
 
-// What both directions ask. takes_bias: this one has kernels for a bias.
-inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device& device, bool takes_bias) {
+// What both directions ask.
+inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device& device) {
   const AttentionParams& p = call.p;
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return HopperRefusal::dtype;
   if (device.major != 9 || device.minor != 0) return HopperRefusal::device;
 #ifndef TFORMER_HOPPER
   return HopperRefusal::not_built;
 #endif
-  const bool biased = takes_bias && call.plain_but_bias && p.bias.data && p.dropout_p == 0 && bias_in_pairs(p);
+  const bool biased = call.plain_but_bias && p.bias.data && p.dropout_p == 0 && bias_in_pairs(p);
   if (!call.plain && !biased) return HopperRefusal::operands;
   const int64_t batches = call.packed ? 1 : p.B;
   const bool mapped = can_be_mapped(p.q, batches, p.Hq, p.Sq) && can_be_mapped(p.k, batches, p.Hk, p.Sk) &&
@@ -40,7 +40,7 @@ inline HopperRefusal hopper_refusal(const AttentionCall& call, const gpu::Device
 }
 
 inline HopperRefusal hopper_forward_refusal(const AttentionCall& call, const gpu::Device& device) {
-  const HopperRefusal refusal = hopper_refusal(call, device, true);
+  const HopperRefusal refusal = hopper_refusal(call, device);
   if (refusal != HopperRefusal::none && refusal != HopperRefusal::layout) return refusal;
   if (call.splits > 1) return HopperRefusal::split;
   if (refusal != HopperRefusal::none) return refusal;
@@ -50,10 +50,12 @@ inline HopperRefusal hopper_forward_refusal(const AttentionCall& call, const gpu
 // A call without grad_o is asked about before there is one.
 inline HopperRefusal hopper_backward_refusal(const AttentionCall& call, const gpu::Device& device) {
   const AttentionParams& p = call.p;
-  const HopperRefusal refusal = hopper_refusal(call, device, false);
+  const HopperRefusal refusal = hopper_refusal(call, device);
   if (refusal != HopperRefusal::none) return refusal;
   const bool mapped = !p.grad_o.data || can_be_mapped(p.grad_o, call.packed ? 1 : p.B, p.Hq, p.Sq);
   if (!mapped || p.Sq == 0) return HopperRefusal::layout;
+  const bool shared = call.parts * call.shared_batches * call.shared_heads > 1 || !call.bias_has_rows;
+  if (p.grad_bias && shared) return HopperRefusal::operands;  // an entry is then the sum of several pairs
   if (p.mask.data && p.mask.stride[1] != 0 && p.Hq > 1) return HopperRefusal::operands;
   return gpu::hopper_is_wanted() ? HopperRefusal::none : HopperRefusal::not_wanted;
 }

@@ -26,23 +26,10 @@ Status launch_hopper_forward_kernel(const AttentionCall& given, int blocks, int3
   return launch<Kernel>({std::min<int64_t>(blocks, grid.blocks())}, Kernel::kSharedBytes, stream, call);
 }
 
-// f(what the call has, as a type).
-template <class F>
-Status for_extra(const AttentionCall& call, F&& f) {
-  switch (hopper_extra(call.p)) {
-    case HopperExtra::dropout:
-      return f(std::integral_constant<HopperExtra, HopperExtra::dropout>{});
-    case HopperExtra::bias:
-      return f(std::integral_constant<HopperExtra, HopperExtra::bias>{});
-    default:
-      return f(std::integral_constant<HopperExtra, HopperExtra::none>{});
-  }
-}
-
 template <class T>
 Status launch_hopper_forward(const AttentionCall& call, int blocks, int32_t* ticket, Stream stream) {
   return for_width(call, [&](auto width) {
-    return for_extra(call, [&](auto extra) {
+    return for_extra(call.p, [&](auto extra) {
       using Kernel = HopperForward<T, decltype(width)::value, decltype(extra)::value>;
       return launch_hopper_forward_kernel<Kernel>(call, blocks, ticket, stream);
     });

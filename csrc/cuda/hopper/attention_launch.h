@@ -1,6 +1,8 @@
 // The attention kernels for sm_90a as host files see them: plain C++, no torch, no CUDA header.
 #pragma once
 
+#include <type_traits>
+
 #include "../attention_launch.h"
 #include "../dropout_params.h"
 #include "../gpu/tensor_map.h"
@@ -15,7 +17,8 @@ enum class HopperRefusal : int64_t {
   device = 2,     // compute capability is not 9.0
   not_built = 3,  // TFORMER_CUDA_ARCHS has no 90
   operands = 4,   // more than scale, causal, window, key lengths, mask by keys (backward: of all heads), packed
-                  // sequences, sinks and dropout; or, forward, a bias in pairs in its place
+                  // sequences, sinks and dropout; or, forward, a bias in pairs in its place; backward: that, with
+                  // a gradient only where nothing shares its entries
   split = 5,      // few queries and long keys: the keys are split
   layout = 6,     // not multiples of 16 bytes, an expanded dimension, no keys; backward: no queries
   not_wanted = 7  // TFORMER_EXT_SM90 is 0
@@ -33,6 +36,19 @@ struct HopperForwardCall {
 enum class HopperExtra { none, dropout, bias };
 constexpr HopperExtra hopper_extra(const AttentionParams& p) {
   return p.dropout_p > 0 ? HopperExtra::dropout : p.bias.data ? HopperExtra::bias : HopperExtra::none;
+}
+
+// f(what the call has, as a type).
+template <class F>
+auto for_extra(const AttentionParams& p, F&& f) {
+  switch (hopper_extra(p)) {
+    case HopperExtra::dropout:
+      return f(std::integral_constant<HopperExtra, HopperExtra::dropout>{});
+    case HopperExtra::bias:
+      return f(std::integral_constant<HopperExtra, HopperExtra::bias>{});
+    default:
+      return f(std::integral_constant<HopperExtra, HopperExtra::none>{});
+  }
 }
 
 // Rows of a forward tile of queries, and tiles of a head; all sequences where packed.
