@@ -166,8 +166,9 @@ struct HopperBackward {
       multiply_rows(dp, at.v, at.grad_o_tile(n));
       const int h = at_tile.head(job), i0 = at_tile.tile * kQueries, row0 = job.j0 + first_row();
       TransposedBias<T, kBias && kEarly ? kQueries : 4> bias;
-      if constexpr (kBias && kEarly) bias.read(p, job.b, h, i0, row0);  // beside both products
-      wgmma_wait<1>();                                                  // the scores
+      // beside both products
+      if constexpr (kBias && kEarly) bias.read(p, job.b, h, i0, row0);
+      wgmma_wait<1>();  // the scores
       hold(s);
       if constexpr (kBias && kEarly) bias.add_to(s, 0, static_cast<float>(p.scale));
       if constexpr (kBias && !kEarly) add_transposed_bias<T, 8>(s, p, job.b, h, i0, row0);
