@@ -1,4 +1,4 @@
-// dq, dk and dv on sm_90a in one pass of five products, for plain calls of 16-bit elements: the formulas of
+// dq, dk and dv on sm_90a in one pass of five products, for calls that attention_choice.h lets through: the formulas of
 // ../attention_backward.h, spread over warpgroups (Shah et al. 2024, FlashAttention-3). A block has a tile of keys and
 // values and goes through the queries of all heads that share it. Scores are transposed, keys by queries, so that
 // weights and their gradients are left operands of dv and dk where they are, in registers. For dq they go through
@@ -31,7 +31,7 @@ struct HopperBackward {
   using QueryTile = BoxTile<kQueries, kWidth>;
   using GradTile = BoxTile<kKeys, kQueries>;  // ds, transposed
   static constexpr int kSumBytes = kTileFloats * 4;
-  static constexpr int kRowBytes = 2 * kQueries * 4;  // lse, as exponents, and delta
+  static constexpr int kRowBytes = 2 * kQueries * 4;  // lse, as weights take it, and delta
   using Drops = GroupDropBits<kQueries>;
   static constexpr int kDropBytes = kDropout ? kGroups * Drops::kBytes : 0;
   static constexpr int kAlign = 1024;

@@ -25,7 +25,7 @@ struct HopperWideBackward {
   using HalfTile = BoxTile<64, kHalf>;         // of one of both
   using ScoreTile = BoxTile<kKeys, kQueries>;  // weights, ds: transposed
   static constexpr int kSumBytes = kTileFloats * 4;
-  static constexpr int kRowBytes = 2 * kQueries * 4;  // lse, as exponents, and delta
+  static constexpr int kRowBytes = 2 * kQueries * 4;  // lse, as weights take it, and delta
   using Drops = GroupDropBits<kOwn>;
   static constexpr int kDropBytes = kDropout ? kGroups * Drops::kBytes : 0;
   static constexpr int kAlign = 1024;

@@ -1,9 +1,9 @@
-// o = softmax(scores) v on sm_90a, for plain calls of 16-bit elements: the algorithm of ../attention_forward.h, spread
-// over warpgroups (Shah et al. 2024, FlashAttention-3). A block stays and takes one tile of queries after another. One
-// warp finds out which, and has the copy engine fetch it and its keys and values, two tiles of each, while the tile
-// before is still worked on; the other warpgroups each multiply 64 queries with them. The product of a tile's keys runs
-// beside that of the values before, and its softmax while the latter goes on. Three warpgroups take turns in handing
-// out products, so that one multiplies while another exponentiates.
+// o = softmax(scores) v on sm_90a, for calls of 16-bit elements that attention_choice.h lets through: the algorithm of
+// ../attention_forward.h, spread over warpgroups (Shah et al. 2024, FlashAttention-3). A block stays and takes one tile
+// of queries after another. One warp finds out which, and has the copy engine fetch it and its keys and values, two
+// tiles of each, while the tile before is still worked on; the other warpgroups each multiply 64 queries with them. The
+// product of a tile's keys runs beside that of the values before, and its softmax while the latter goes on. Three
+// warpgroups take turns in handing out products, so that one multiplies while another exponentiates.
 #pragma once
 
 #include <gpu/hopper.h>
