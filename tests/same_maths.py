@@ -67,6 +67,13 @@ def forward_yardsticks(qkv, options, dtype):
     return results
 
 
+def in_two_slices(t):
+    """What float32 products on tensor cores take t for: two numbers of 11 bits, the second cut off."""
+    high = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    low = ((t - high).view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return high + low
+
+
 def yardsticks(qkv, options, cotangents, dtype):
     """The same maths in dtype: with sums in several orders (features permuted), each gradient taken in both forms, and
     lse, which decides all weights of a row, as it is and rounded the other way.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import CASES, Case, gradients, in_dtype, tensors
 from hopper_cases import check_values
-from same_maths import yardsticks
+from same_maths import in_two_slices, yardsticks
 from tolerances import DTYPES, assert_close, assert_gradient_close, farther, yardstick_dtype
 
 from tformer_ext import functional as F
@@ -20,6 +20,17 @@ def dtypes_of(case):
     return DTYPES if case.shape[4] < 2000 else (torch.float32, torch.bfloat16)
 
 
+def of_slices(qkv, options, cotangents):
+    """One more yardstick of float32: a single product, of one feature, is not nearer than its factors are held."""
+    held = [in_two_slices(t) for t in qkv]
+    outs, grads = gradients(
+        reference.attention,
+        *in_dtype(held, options, torch.float32, True),
+        (in_two_slices(cotangents[0]), cotangents[1]),
+    )
+    return *(t.detach() for t in outs), *grads
+
+
 @pytest.mark.parametrize("case", [*CASES, *WIDTHS], ids=str)
 def test_values_and_gradients(case, emulated):
     for dtype in dtypes_of(case):
@@ -28,7 +39,10 @@ def test_values_and_gradients(case, emulated):
         B, Hq, _, Sq, _, _, Dv = case.shape
         cotangents = torch.randn(B, Hq, Sq, Dv).to(dtype), torch.randn(B, Hq, Sq)
         golden = gradients(reference.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)
-        same = list(zip(*yardsticks(qkv, options, cotangents, yardstick_dtype(dtype)), strict=True))
+        same = yardsticks(qkv, options, cotangents, yardstick_dtype(dtype))
+        if dtype == torch.float32:
+            same.append(of_slices(qkv, options, cotangents))
+        same = list(zip(*same, strict=True))
         outs, grads = gradients(F.attention, *in_dtype(qkv, options, dtype, True), cotangents)
         for name, a, g, f in zip(("out", "lse"), outs, golden[0], same[:2], strict=True):
             assert_close(a.detach(), g.detach(), farther(f, g.detach()), f"{dtype} {name}")

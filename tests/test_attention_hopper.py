@@ -196,7 +196,8 @@ def test_what_explain_says(hopper, monkeypatch):
     assert product == "tensor cores, float16 into float32" and note.startswith("forward: not the kernels for sm_90a")
     product, (note,) = _cuda_kernels(q, q, q, {"softcap": 2.0})
     assert product == "tensor cores, float16 into float32" and "softcap" in note
-    assert _cuda_kernels(q.float(), q.float(), q.float(), {}) == ("float32 multiply-add", ())
+    assert _cuda_kernels(q.float(), q.float(), q.float(), {}) == ("tensor cores, float32 in two TF32 slices", ())
+    assert _cuda_kernels(q.double(), q.double(), q.double(), {}) == ("float64 multiply-add", ())
     hopper.set_device(HOPPER, hopper_kernels=False)
     assert "TFORMER_EXT_SM90=0" in _cuda_kernels(q, q, q, {})[1][0]
 

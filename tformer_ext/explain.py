@@ -165,8 +165,10 @@ def _cuda_kernels(query, key, value, options):
     product = f"tensor cores, {dtype} into float32"
     if forward is None:
         product = f"tensor cores by warpgroups (wgmma), {dtype} into float32"
-    elif query.dtype in (torch.float64, torch.float32):
-        return f"{dtype} multiply-add", ()
+    elif query.dtype == torch.float64:
+        return "float64 multiply-add", ()
+    elif query.dtype == torch.float32:
+        return "tensor cores, float32 in two TF32 slices", ()
     elif forward[0] == "device":
         return product, ()
     if forward == backward:

@@ -12,7 +12,7 @@ struct AttentionKeyGradients {
   using R = Real<T>;
   using Shape = BackwardShape<T, kWidth>;
   static constexpr int kRows = Shape::rows(sizeof(T) == 2 ? 128 : 64);
-  static constexpr int kLaneRows = sizeof(T) == 2 || kRows == 64 ? 2 : 1;
+  static constexpr int kLaneRows = kRows >= 64 ? 2 : kRowUnit<T> / 8;
   static constexpr int kWarpRows = 8 * kLaneRows, kThreads = kRows / kWarpRows * kWarp;
   static constexpr int kQueries = Shape::kOther, kStages = Shape::kStages;
   static constexpr bool kKeys = kWanted != Wanted::values, kValues = kWanted != Wanted::keys;

@@ -10,7 +10,7 @@ struct AttentionQueryGradients {
   using R = Real<T>;
   using Shape = BackwardShape<T, kWidth>;
   static constexpr int kRows = Shape::rows(!kPlain && sizeof(T) == 2 ? 64 : 128);
-  static constexpr int kWarps = kRows >= 32 ? 4 : 2;
+  static constexpr int kWarps = kRows >= 4 * kRowUnit<T> ? 4 : 2;
   static constexpr int kWarpRows = kRows / kWarps, kLaneRows = kWarpRows / 8, kThreads = kWarps * kWarp;
   static constexpr int kKeys = Shape::kOther, kStages = Shape::kStages;
   using P = Products<T, kLaneRows>;

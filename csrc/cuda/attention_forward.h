@@ -19,8 +19,8 @@ struct ForwardShape {
   static constexpr int kLaneRows = k16Bit ? (kWidth <= (kPlain ? 128 : 64) ? 4 : 2)
                                           : (kPressure <= 64    ? 4
                                              : kPressure <= 128 ? 2
-                                                                : 1);
-  static constexpr int kKeys = k16Bit ? 64 : kWidth * static_cast<int>(sizeof(T)) <= 1024 ? 32 : 16;
+                                                                : kRowUnit<T> / 8);
+  static constexpr int kKeys = k16Bit ? 64 : kPressure * kLaneRows <= 256 ? 32 : 16;
   static constexpr int kWarps = 4;
   static constexpr int kWarpRows = 8 * kLaneRows, kRows = kWarps * kWarpRows;
 };

@@ -3,7 +3,7 @@
 
 #include "../key_range.h"
 #include "../philox.h"
-#include "attention_tiles.h"
+#include "attention_products.h"
 
 namespace tformer::gpu {
 

@@ -183,12 +183,20 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
+inline float cut_to_float(float x) { return x; }
+// Tensor cores add up and cut off: towards zero. Kernels that sum float's digits have to live with it.
+inline float cut_to_float(double x) {
+  const float near = static_cast<float>(x);
+  return std::isfinite(near) && std::fabs(near) > std::fabs(x) ? std::nextafter(near, 0.0f) : near;
+}
+
 // Halves: element(bits, which half) as a float. The operands of the whole warp become matrices, are multiplied in
-// float, which holds every product exactly, and become fragments again.
-template <int kDepth, class Element>
+// float, which holds every product exactly, and become fragments again. Sum: the type of the sums in between.
+template <int kDepth, class Sum, class Element>
 void multiply(void* const (&operands)[kWarp], Element&& element) {
   constexpr int kPairs = kDepth / 8;  // elements of a register
-  float a[16][kDepth], b[kDepth][8], c[16][8];
+  float a[16][kDepth], b[kDepth][8];
+  Sum c[16][8];
   for (int n = 0; n < kWarp; ++n) {
     const auto& mine = *static_cast<Fragments*>(operands[n]);
     const int g = n / 4, t = n % 4;
@@ -205,14 +213,14 @@ void multiply(void* const (&operands)[kWarp], Element&& element) {
   }
   for (int n = 0; n < kWarp; ++n) {
     const auto& mine = *static_cast<Fragments*>(operands[n]);
-    for (int r = 0; r < 4; ++r) mine.c[r] = c[n / 4 + 8 * (r / 2)][2 * (n % 4) + r % 2];
+    for (int r = 0; r < 4; ++r) mine.c[r] = cut_to_float(c[n / 4 + 8 * (r / 2)][2 * (n % 4) + r % 2]);
   }
 }
 
 template <class T>
 void multiply_16(void* const (&operands)[kWarp]) {
-  multiply<16>(operands,
-               [](uint32_t bits, int half) { return wide(T{static_cast<uint16_t>(half ? bits >> 16 : bits)}); });
+  multiply<16, float>(operands,
+                      [](uint32_t bits, int half) { return wide(T{static_cast<uint16_t>(half ? bits >> 16 : bits)}); });
 }
 
 }  // namespace emulation
@@ -226,7 +234,7 @@ inline void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_
   emulation::Fragments mine{c, a, b};
   emulation::meet_warp({"mma_16x8x8_tf32", file, line}, &mine, [](void* const(&operands)[kWarp]) {
     constexpr uint32_t kRead = ~0u << 13;
-    emulation::multiply<8>(operands, [](uint32_t bits, int) { return emulation::float_of(bits & kRead); });
+    emulation::multiply<8, double>(operands, [](uint32_t bits, int) { return emulation::float_of(bits & kRead); });
   });
 }
 
