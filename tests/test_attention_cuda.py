@@ -202,6 +202,44 @@ def test_sinks_of_many_batches(emulated):
     assert emulated.launched_blocks() - before == 512 * 2 + 1024
 
 
+# Calls that warps share by keys: a tile is 128 keys of width 64, 64 of 128, a quarter of it a warp's, two under way.
+FEW_QUERIES = [
+    *(Case(f"{queries} queries, {keys} keys of {D}", (1, 4, 2, queries, keys, D, D), {"causal": causal})
+      for queries, keys, D, causal in (
+          (1, 3, 64, False), (3, 129, 64, "lower_right"), (16, 300, 64, "lower_right"), (16, 5, 64, True),
+          (2, 70, 128, False), (7, 33, 128, "lower_right"), (16, 260, 128, "lower_right"), (9, 20, 128, True))),
+    Case("split", (1, 2, 1, 5, 1500, 128, 128), {"causal": "lower_right"}),
+    Case("split, odd head dims", (1, 2, 1, 3, 700, 72, 40), {"window": (500, -1)}),
+    Case("begin in the middle", (2, 2, 1, 4, 900, 64, 64), {"window": (75, -1), "causal": "lower_right"}),
+    Case("no key for some", (3, 2, 1, 8, 300, 64, 64), {"key_lengths": [300, 0, 41], "causal": "lower_right"}),
+    Case("sinks", (2, 4, 2, 6, 150, 64, 64), {"causal": "lower_right"}, sinks=True),
+    Case("mask per key", (2, 4, 2, 6, 300, 128, 128), mask=(2, 1, 1, 300)),
+    Case("heads after length", (2, 4, 2, 12, 150, 64, 128), layout="BSHD"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FEW_QUERIES, ids=str)
+def test_few_queries(case, emulated):
+    for dtype in (torch.bfloat16, torch.float16):
+        check_values(case, dtype)
+    qkv, options = tensors(case, dtype)
+    expected = F.attention(*qkv, **options, return_lse=True)
+    for seed in (1, 2):
+        emulated.set_seed(seed)
+        actual = F.attention(*qkv, **options, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_values_that_few_queries_do_not_see(emulated):
+    """NaN in keys and values of one warp's part, seen by the last query alone."""
+    q, k, v = (torch.randn(1, 2, n, 64).bfloat16() for n in (4, 200, 200))
+    expected = F.attention(q[:, :, :3], k[:, :, :199], v[:, :, :199], causal="lower_right")
+    k[:, :, 199], v[:, :, 199] = torch.nan, torch.inf
+    out = F.attention(q, k, v, causal="lower_right")
+    assert torch.isnan(out[:, :, 3]).all()
+    torch.testing.assert_close(out[:, :, :3], expected, rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_order_does_not_show_in_a_merge(dtype, emulated):
     """More splits than there are warps and lanes to add them."""

@@ -48,16 +48,27 @@ inline bool heads_as_queries(AttentionParams& p) {
   return true;
 }
 
-// Few blocks would keep a part of the GPU only: the keys are split, and the parts merged in their order. Sizes alone
-// decide, so the bits are the same on every GPU. The rows of one warp take as long as their keys take to be read, with
-// a tile of a block under way at a time: the largest GPUs want two blocks on each of 132 multiprocessors, and that
-// twice over, so that the last ones to run are short. Longer ones have products to do, which the kernels for sm_90a do
+// Whether the kernel of attention_forward_few.h takes a call that does not go to those for sm_90a. Wider heads would
+// want more shared memory than some GPUs have.
+constexpr int kMostWidthOfFew = 128;
+inline bool has_few_queries(const AttentionCall& call) {
+  constexpr int64_t kRows = 16;
+  const AttentionParams& p = call.p;
+  return call.plain && call.aligned && !call.packed && p.dropout_p == 0 && p.Sq <= kRows && bytes_of(p.dtype) == 2 &&
+         std::max(p.D, p.Dv) <= kMostWidthOfFew;
+}
+
+// Few blocks would keep a part of the GPU only: the keys are split, and the parts merged in their order. Sizes and
+// operands alone decide, so the bits are the same on every GPU. The rows of one warp take as long as their keys take to
+// be read: the largest GPUs want two blocks on each of 132 multiprocessors, three where has_few_queries, and that twice
+// over, so that the last ones to run are short. Longer ones have products to do, which the kernels for sm_90a do
 // faster, unsplit.
 inline void choose_splits(AttentionCall& call, int64_t least_splits) {
   constexpr int64_t kRows = 128, kWarpRows = 32, kLongKeys = 512, kUnit = 64;
   const AttentionParams& p = call.p;
   const bool few = p.Sq <= kWarpRows;
-  const int64_t enough_blocks = few ? 512 : 128, wanted_blocks = few ? 512 : 256, least_keys = few ? 128 : 256;
+  const int64_t enough_blocks = few ? 512 : 128, least_keys = few ? 128 : 256;
+  const int64_t wanted_blocks = has_few_queries(call) ? 768 : few ? 512 : 256;
   const int64_t blocks = p.B * p.Hq * ((p.Sq + kRows - 1) / kRows);
   if (call.packed || blocks == 0 || p.Sk < kLongKeys) return;
   const int64_t wanted = blocks < enough_blocks ? (wanted_blocks + blocks - 1) / blocks : 1;
