@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc/cuda/hopper"
 NVCC = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda", "bin", "nvcc")
 FLAGS = ["-c", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
-WIDTHS = {"forward": (64, 128, 256), "backward": (64, 128, 256)}
+WIDTHS = {"forward": (64, 128, 192, 256), "backward": (64, 128, 256)}
 # What a kernel is compiled with, as HopperExtra.
 NONE, DROPOUT, BIAS = EXTRAS = range(3)
 # Forward: a tile of keys by head dimension, of which one warp has 16 rows: exponents of a thread, products.
-WITH_MORE = {64: 128, 128: 128, 256: 64}
-KEYS = {NONE: {64: 112, 128: 128, 256: 80}, DROPOUT: WITH_MORE, BIAS: WITH_MORE}
+WITH_MORE = {64: 128, 128: 128, 192: 64, 256: 64}
+KEYS = {NONE: {64: 112, 128: 128, 192: 112, 256: 80}, DROPOUT: WITH_MORE, BIAS: WITH_MORE}
 # Backward: a tile of queries, and one of keys.
 QUERIES, BACKWARD_KEYS = {64: 128, 128: 64, 256: 64}, {64: 128, 128: 128, 256: 64}
 SCORES = {64: 128, 128: 64, 256: 32}  # queries of a warpgroup
@@ -128,8 +128,10 @@ def test_instructions(machine_code, dtype, width, extra):
     keys, boxes = KEYS[extra][width], width // 64
     # scores twice, the first and the others; values twice, the others and the last
     assert count(code, f"HGMMA.64x{keys}x16") >= 2 * width // 16
-    values = count(code, f"HGMMA.64x{min(width, 128)}x16") - (2 * width // 16 if keys == min(width, 128) else 0)
-    assert values == 2 * keys // 16 * max(width // 128, 1)
+    columns = [128, width - 128] if width > 128 else [width]  # of products with values
+    for each in set(columns):
+        values = count(code, f"HGMMA.64x{each}x16") - (2 * width // 16 if keys == each else 0)
+        assert values == 2 * keys // 16 * columns.count(each)
     assert count(code, "UTMALDG.4D") == 3 * boxes
     assert count(code, "USETMAXREG") == 2
     assert not count(code, "LDL") and not count(code, "STL") and not count(code, "HMMA")

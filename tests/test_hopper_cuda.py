@@ -114,7 +114,7 @@ def test_gradients(case, dtype, kernels):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("D", [64, 128, 192, 256])
 def test_runs_have_the_same_bits(D, causal, kernels):
     """Enough blocks for every multiprocessor, several times over."""
     q, k, v = (torch.randn(4, 16, 1000, D, dtype=torch.bfloat16) for _ in range(3))

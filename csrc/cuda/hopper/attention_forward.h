@@ -17,13 +17,13 @@
 namespace tformer::gpu {
 
 // Registers of a thread: o, kWidth / 2; scores, kKeys / 2; weights, kKeys / 4. Shared memory: two tiles of queries (one
-// of width 256), two of keys, two of values, up to 224 KB. Dropout wants whole blocks of its counters; a bias takes
+// above width 128), two of keys, two of values, up to 224 KB. Dropout wants whole blocks of its counters; a bias takes
 // kKeys / 4 registers more.
 template <int kWidth, HopperExtra kExtra>
 struct HopperShape {
   static constexpr bool kNone = kExtra == HopperExtra::none;
   static constexpr int kGroups = kWidth == 64 && kNone ? 3 : 2;  // warpgroups that multiply
-  static constexpr int kKeys = kNone ? (kWidth == 256 ? 80 : kWidth == 128 ? 128 : 112) : kWidth == 256 ? 64 : 128;
+  static constexpr int kKeys = !kNone ? (kWidth <= 128 ? 128 : 64) : kWidth == 256 ? 80 : kWidth == 128 ? 128 : 112;
   static constexpr int kRows = hopper_forward_queries(kWidth, kExtra);
   static_assert(kExtra != HopperExtra::dropout || kKeys % kPhiloxBlock == 0);
   static_assert(kRows == 64 * kGroups);
@@ -63,7 +63,7 @@ struct HopperForward {
   using FinalScores = Scores<T, !kBias>;  // of which weights are made
   using P = TensorCores<T, 2>;
   static constexpr int kGroups = Shape::kGroups, kRows = Shape::kRows, kKeys = Shape::kKeys;
-  static constexpr int kBuffers = 2, kQueryBuffers = kWidth == 256 ? 1 : 2;
+  static constexpr int kBuffers = 2, kQueryBuffers = kWidth > 128 ? 1 : 2;
   static constexpr int kThreads = kWarpgroup * (1 + kGroups);
   static constexpr bool kTurns = kGroups == 3;  // two warpgroups do as well without
   // numbers of barriers, those of the multiplying warpgroups in order
@@ -324,7 +324,7 @@ struct HopperForward {
 
   TFORMER_DEVICE void multiply_values(float (&o)[2][kWidth / 4], const uint32_t (&weights)[kKeys / 16][4],
                                       int n) const {
-    constexpr int kColumns = smaller(kWidth, 128);  // of one product
+    constexpr int kColumns = smaller(kWidth, 128), kRight = kWidth - kColumns;  // of one product
     const uint64_t values = buffer(v, n).by_columns();
     hold(o);
     wgmma_fence();
@@ -332,9 +332,9 @@ struct HopperForward {
     for (int j = 0; j < kKeys / 16; ++j) {
       const uint64_t from = advance(values, j * 16 * kBoxRowBytes);
       Wgmma<T, kColumns>::template registers<0>(o, weights[j], from, true);
-      if constexpr (kWidth > kColumns) {
+      if constexpr (kRight > 0) {
         const uint64_t right = advance(from, kColumns / kBoxColumns * KeyTile::kBoxBytes);
-        Wgmma<T, kColumns>::template registers<kColumns / 4>(o, weights[j], right, true);
+        Wgmma<T, kRight>::template registers<kColumns / 4>(o, weights[j], right, true);
       }
     }
     wgmma_commit();

@@ -26,9 +26,16 @@ Status launch_hopper_forward_kernel(const AttentionCall& given, int blocks, int3
   return launch<Kernel>({std::min<int64_t>(blocks, grid.blocks())}, Kernel::kSharedBytes, stream, call);
 }
 
+// As for_width; one width more, 3 / 4 of the products of 256.
+template <class F>
+Status for_hopper_forward_width(const AttentionCall& call, F&& f) {
+  const int64_t width = call.p.D > call.p.Dv ? call.p.D : call.p.Dv;
+  return width > 128 && width <= 192 ? f(Width<192>{}) : for_width(call, f);
+}
+
 template <class T>
 Status launch_hopper_forward(const AttentionCall& call, int blocks, int32_t* ticket, Stream stream) {
-  return for_width(call, [&](auto width) {
+  return for_hopper_forward_width(call, [&](auto width) {
     return for_extra(call.p, [&](auto extra) {
       using Kernel = HopperForward<T, decltype(width)::value, decltype(extra)::value>;
       return launch_hopper_forward_kernel<Kernel>(call, blocks, ticket, stream);
