@@ -23,6 +23,7 @@ VARIANTS = [
     attention.Problem(4, 32, 2048, 128, key_heads=8, causal=True, kind="GQA"),
     attention.Problem(16, 32, 1, 128, key_heads=8, keys=8192, kind="decoding"),
     attention.Problem(32, 12, 197, 64, kind="short"),
+    attention.Problem(8, 10, 2048, 192, kind="width"),
 ]
 # What about() says of attention where its kernels for sm_90a are asked for.
 SM90A = "sm_90a kernels"
