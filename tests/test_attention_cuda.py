@@ -105,6 +105,37 @@ def test_non_finite_cotangents_reach_what_their_row_saw(dtype, bad, emulated):
         assert torch.equal(dv, seen.unsqueeze(1) & (torch.arange(16) == 3))
 
 
+def test_numbers_that_slices_do_not_hold(emulated):
+    """float32 near its largest number, of which a slice is infinite."""
+    big = torch.finfo(torch.float32).max
+    q, k, v = (torch.randn(1, 1, n, 16) for n in (40, 70, 70))
+    q[..., 7, 3], k[..., 3], v[..., 5, 2] = big, 4 * k[..., 3] / big, big
+    bias, cotangent = torch.randn(1, 1, 40, 70), torch.randn(1, 1, 40, 16)
+    cotangent[..., 2] = 0
+
+    def run(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v, bias)]
+        function = F.attention if dtype == torch.float32 else reference.attention
+        out, lse = function(*leaves[:3], bias=leaves[3], return_lse=True)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
+
+    for n, (a, b) in enumerate(zip(run(torch.float32), run(torch.float64), strict=True)):
+        assert torch.isfinite(a).all(), n
+        columns = [c for c in range(a.shape[-1]) if n != 3 or c != 3] if a.dim() == 4 else ...  # dk holds sums of `big`
+        a, b = a[..., columns].double(), b[..., columns]
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_infinite_scores_of_float32(emulated):
+    """A score of -inf takes no part, though the slices of an infinity make NaN."""
+    q, k, v = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16)
+    q[..., 0], k[..., 9, 0] = -q[..., 0].abs() - 0.1, torch.inf
+    there = [j for j in range(70) if j != 9]
+    expected = F.attention(q, k[:, :, there], v[:, :, there], return_lse=True)
+    for a, b in zip(F.attention(q, k, v, return_lse=True), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 LENGTHS = [(5, 70, 0, 130, 1), (70, 9, 3, 130, 0)]  # of queries, of keys
 
 

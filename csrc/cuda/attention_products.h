@@ -209,8 +209,35 @@ struct TensorCores<float, kLaneRows> : FragmentLayout<kLaneRows> {
     for (int e = 0; e < 4; ++e) s[2 * m + e / 2][2 * n + e % 2] += part[e];
   }
 
+  // s is 0 at first. A slice of a number near the largest one is infinite, those of infinity make NaN: what is not
+  // finite is multiplied again as it is.
   template <int kC, class A, class B>
   static TFORMER_DEVICE void multiply_rows(float (&s)[kLaneRows][kC], const A& a, int a_row, const B& b) {
+    multiply_sliced_rows(s, a, a_row, b);
+    float sum = 0;  // of zeros, or NaN
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kC; ++c) sum = fma(s[r][c], 0.0f, sum);
+    }
+    if (!any(sum != 0)) return;
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kC; ++c) {
+        s[r][c] = 0;
+#pragma unroll 1
+        for (int d = 0; d < A::kChunks; ++d) {
+          const Chunk<float> x = a.chunk(a_row + Layout::row(r), d), y = b.chunk(Layout::column(c), d);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[r][c] = fma(x.x[e], y.x[e], s[r][c]);
+        }
+      }
+    }
+  }
+
+  template <int kC, class A, class B>
+  static TFORMER_DEVICE void multiply_sliced_rows(float (&s)[kLaneRows][kC], const A& a, int a_row, const B& b) {
     constexpr int kSteps = 2;
     const int l = lane();
 #pragma unroll
