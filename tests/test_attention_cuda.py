@@ -261,6 +261,15 @@ def test_few_queries(case, emulated):
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype, splits", [(torch.bfloat16, 4), (torch.float32, 3)])
+def test_few_queries_want_more_blocks(dtype, splits, emulated):
+    """What splits the keys knows for which kernel: 768 blocks of the one, 512 of the other; one of each row merges."""
+    q, k, v = (torch.randn(1, 200, n, 8).to(dtype) for n in (1, 512, 512))
+    before = emulated.launched_blocks()
+    F.attention(q, k, v)
+    assert emulated.launched_blocks() - before == 200 * splits + 200
+
+
 def test_values_that_few_queries_do_not_see(emulated):
     """NaN in keys and values of one warp's part, seen by the last query alone."""
     q, k, v = (torch.randn(1, 2, n, 64).bfloat16() for n in (4, 200, 200))

@@ -46,7 +46,7 @@ struct AttentionForward : ForwardTile<T, kWidth, kPlain, ForwardShape<T, kWidth,
         keep{shared + QueryTile::kBytes + 2 * KeyTile::kBytes} {}
 
   // A warp without rows, most of a block's where a query or two is decoded, only loads what others multiply. The vote
-  // tells the compiler that a warp goes one way: without it float and double of width 256 spill, with it 16-bit ones.
+  // tells the compiler that a warp goes one way: without it double of width 256 spills, with it 16-bit ones.
   TFORMER_DEVICE bool has_rows() const { return sizeof(T) == 2 ? row0 < seq.Sq : any(row0 < seq.Sq); }
 
   // Two buffers, one for keys, one for values: each is filled while the product with the other runs.

@@ -174,7 +174,7 @@ struct TensorCores : FragmentLayout<kLaneRows> {
 };
 
 // A register of 32-bit elements each of a fragment, cut into two slices of 11 bits. What both leave of a float is below
-// 2^-23 of it: tensor cores do not read what lies under the bits of `low`. An infinity becomes one and a NaN.
+// 2^-23 of it: mma_16x8x8_tf32 does not read what lies under the bits of `low`. An infinity becomes one and a NaN.
 template <int kCount>
 struct SlicedFragment {
   uint32_t high[kCount], low[kCount];
