@@ -1,7 +1,7 @@
 # Every target sets up all that it needs in a virtual environment: Python >= 3.10, make and a C++ compiler suffice.
 #   make demo        a pretrained BERT and a training run, stock against ours  (DEMO_ARGS=--quick: in short)
 #   make examples    trains, tests and times the four applications of examples/ (EXAMPLES_ARGS=--quick: in short)
-#   make test        the test suite                                              (TEST_ARGS="-k dropout -x")
+#   make test        the test suite, on several processes    (TEST_ARGS="-k dropout -x"; -n0: on one, as --pdb needs)
 #   make dev         everything a developer needs; clangd finds build/compile_commands.json
 #   make lint        formatters and linters, changing nothing;  make format: let them change files
 #   make bench       the benchmarks                                              (BENCH_ARGS=...)
@@ -18,6 +18,9 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 # A Python that has a torch lends it to the virtual environment, so that nothing large is downloaded.
 LEND = $(shell $(PYTHON) -c 'import sys, torch; print("--system-site-packages" * (sys.prefix == sys.base_prefix))' 2>/dev/null)
 
+# Tests share the cores; threads that wait must not hold one, since another process may have work for it.
+PYTEST = OMP_WAIT_POLICY=passive $(abspath $(BIN))/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 demo: $(VENV)/demo.stamp build
 	$(BIN)/python -m tformer_ext demo $(DEMO_ARGS)
 
@@ -26,7 +29,7 @@ examples: $(VENV)/examples.stamp build
 	  $(BIN)/python examples/$$name.py $(EXAMPLES_ARGS) || exit 1; done
 
 test: $(VENV)/test.stamp build
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 
 bench: $(VENV)/demo.stamp build
 	$(BIN)/python -m tformer_ext bench $(BENCH_ARGS)
@@ -54,7 +57,7 @@ sanitize: $(VENV)/test.stamp
 	cd build/sanitize && TFORMER_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  $(abspath $(BIN))/python -m pytest -m "not slow" $(addprefix --ignore tests/,test_build.py test_style.py test_readme.py test_bench.py test_demo.py test_examples.py) --ignore-glob "tests/test_distributed*" $(TEST_ARGS)
+	  $(PYTEST) -m "not slow" $(addprefix --ignore tests/,test_build.py test_style.py test_readme.py test_bench.py test_demo.py test_examples.py) --ignore-glob "tests/test_distributed*" $(TEST_ARGS)
 
 # In a copy of the tree, as sanitize. The tests are those that could tell a difference without a GPU.
 CUDA_HOME ?= /usr/local/cuda
@@ -68,7 +71,7 @@ cuda-build:
 	cp -a setup.py pyproject.toml csrc tformer_ext tests build/cuda
 	rm -f build/cuda/tformer_ext/*.so
 	cd build/cuda && CUDA_HOME=$(CUDA_HOME) TFORMER_CUDA=1 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd build/cuda && $(abspath $(BIN))/python -m pytest -q -k "not setup and not sdist" $(addprefix tests/,test_build.py test_info.py test_errors.py test_hopper_code.py) $(TEST_ARGS)
+	cd build/cuda && $(PYTEST) -q -k "not setup and not sdist" $(addprefix tests/,test_build.py test_info.py test_errors.py test_hopper_code.py) $(TEST_ARGS)
 
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(GPU_CHECK_ARGS)

@@ -210,7 +210,7 @@ def errors():
     yield RuntimeError, (x, x, x), {"is_causal": True}
 
 
-@pytest.mark.parametrize("error, tensors, options", errors())
+@pytest.mark.parametrize("error, tensors, options", list(errors()))
 def test_errors_are_torchs(error, tensors, options):
     ours, stock = pair()
     with pytest.raises(error):

@@ -87,7 +87,7 @@ def test_decoder_masks(mask, memory_mask, padding, training):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: getattr(a, "__name__", str(a)))
 def test_constructors(name, activation):
     causal, memory = attention_mask("causal float", T, T), [sequence()] if "Decoder" in name else []
     for norm_first, bias, batch_first in itertools.product((False, True), repeat=3):
