@@ -139,6 +139,7 @@ class AttentionForward : AttentionRowTiles<T, P> {
           }
           next.fetch();
         }
+        keep_tiles_awake<P>();
         if (last && !p.part_keys) write_lse(s, b, h, t.q_begin, q_end - t.q_begin);
       }
     }

@@ -214,7 +214,9 @@ struct AttentionRowTiles {
       share_.after_one([this]() TFORMER_LAMBDA { make_one(); });
     }
     void finish() {
-      while (r_ < tile_.rows) make_one();
+      for (; r_ < tile_.rows; make_one()) {
+        if (r_ % 8 == 0) keep_tiles_awake<P>();
+      }
     }
 
    private:

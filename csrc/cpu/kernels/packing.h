@@ -144,6 +144,7 @@ void pack_along_row(const T* rows, int64_t stride, int64_t count, int64_t padded
   const int64_t groups = row_groups<P>(width), whole = width / (L * P::kStep) * L;
   auto see = see_all;  // in a register
   for (int64_t r = 0; r < count; ++r, rows += stride) {
+    if (r % kTileSide == 0) keep_tiles_awake<P>();
     if (r + kRowsAhead < count) prefetch_row(rows + kRowsAhead * stride, width);
     const auto pack = [&](int64_t d, int64_t end) TFORMER_LAMBDA {
       const Groups<P> x = load_groups<P>(rows, d, end);
@@ -181,6 +182,7 @@ void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded
     const int64_t columns = round_up(width, L);
     auto see = see_all;  // in a register
     for (int64_t r = 0; r < padded; r += 2, rows += 2 * stride) {
+      if (r % kTileSide == 0) keep_tiles_awake<P>();
       for (int64_t i = kRowsAhead; i < kRowsAhead + 2; ++i) {
         if (r + i < count) prefetch_row(rows + i * stride, width);
       }
@@ -201,6 +203,7 @@ void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded
     const int64_t columns = round_up(width, L);
     auto see = see_all;  // in a register
     for (int64_t r = 0; r < padded; r += 2, rows += 2 * stride) {
+      if (r % kTileSide == 0) keep_tiles_awake<P>();
       for (int64_t i = kRowsAhead; i < kRowsAhead + 2; ++i) {
         if (r + i < count) prefetch_row(rows + i * stride, width);
       }
@@ -318,6 +321,7 @@ void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t padde
   const int64_t groups = sum_groups<P>(width), row = P::kTiles ? kTileSide : kPanel<P>;
   auto see = see_all;  // in a register
   for (int64_t key = 0; key < padded; key += L, rows += L * stride) {
+    keep_tiles_awake<P>();
     Group* panel = out + panel_place<P>(key, groups) + key % kPanel<P> * !P::kTiles;
     for (int64_t next = L; next < 2 * L && key + next < count; ++next) prefetch_row(rows + next * stride, width);
     for (int64_t d = 0; d < groups; d += L) {
