@@ -28,7 +28,7 @@ from tformer_ext.bench import (
     tables,
     weather,
 )
-from tformer_ext.bench.job import COPY, OURS, Floor, Job
+from tformer_ext.bench.job import COPY, OURS, Floor, Job, Measurement
 from tformer_ext.bench.record import Record, best_peer, by_case
 from tformer_ext.commands import bench
 
@@ -56,7 +56,7 @@ def test_contenders_take_turns():
     options = harness.Options(budget=0.02, memory=False)
     timings = harness.measure([contender("a"), contender("b")], options)
     assert set(timings) == {"a", "b"}
-    assert all(len(timing.seconds) >= 3 and timing.median > 0 for timing in timings.values())
+    assert all(len(timing.batches) >= 3 and timing.seconds(options.weather)[0] > 0 for timing in timings.values())
     changes = sum(before != after for before, after in pairwise(order))
     assert changes > 4  # not all of one, then all of the other
 
@@ -97,8 +97,10 @@ def test_pairs_are_those_of_the_mask():
 
 def test_floors():
     problem = attention.Problem(2, 3, 10, 8)
-    assert problem.floor("forward") == Floor(fma=600 * 32, exp=600)
-    assert problem.floor("backward") == Floor(fma=600 * 80, exp=600)
+    assert problem.floor("forward", 2) == Floor(fma=600 * 32, exp=600, bytes=4 * 960)
+    assert problem.floor("backward", 4) == Floor(fma=600 * 80, exp=600, bytes=8 * 1920)
+    grouped = attention.Problem(1, 4, 10, 8, key_heads=2, keys=30)
+    assert grouped.floor("forward", 4).bytes == 4 * 8 * (2 * 4 * 10 + 2 * 2 * 30)
     assert norms.Problem(10, 20).floor("forward", 2).bytes == 3 * 400
     assert norms.Problem(10, 20, return_residual=True).floor("forward", 4).bytes == 4 * 800
     peaks = ceilings.Ceilings("float32", 1, fma=100.0, exp=10.0, copy=50.0)
@@ -138,8 +140,9 @@ def contenders_agree(made, tolerance):
     ids=str,
 )
 def test_contenders_of_attention_do_the_same_job(problem, direction):
-    made = attention.make_contenders(problem, torch.float32, direction, harness.Options())
+    *made, copy = attention.make_contenders(problem, torch.float32, direction, harness.Options())
     assert [c.name for c in made] == [OURS, "torch SDPA", "SDPA math", "eager"]
+    assert copy.name == COPY and 2 * copy.call().nbytes == problem.floor(direction, 4).bytes
     contenders_agree(made, 1e-4)
 
 
@@ -161,37 +164,81 @@ def test_contenders_of_modules_do_the_same_job(form, mode):
     contenders_agree(made, 1e-3)
 
 
-def test_cases_that_met_a_busy_machine_are_measured_again(monkeypatch):
+def timing(weather, **batches):
+    """A timing of batches=[(seconds, seconds of the probe)]."""
+    (pairs,) = batches.values()
+    made = [harness.Batch(seconds, weather.add(1, probe)) for seconds, probe in pairs]
+    return harness.Timing(made, calls=len(made))
+
+
+def test_batches_in_still_weather_count():
+    still, busy = [(1.0, 10.0), (1.1, 11.0), (1.2, 10.5)], [(9.0, 12.0), (7.0, 20.0), (8.0, 13.0), (0.1, 30.0)]
+    sky = weather.Weather()
+    few = timing(sky, batches=busy + still)
+    assert few.still(sky) == 3
+    assert few.seconds(sky) == [1.0, 1.1, 1.2, 8.0, 9.0]  # and the next stillest, up to 5: not by their own time
+    few.extend(timing(sky, batches=still[:2]))
+    assert few.still(sky) == 5 and few.calls == 9 and few.seconds(sky) == [1.0, 1.0, 1.1, 1.1, 1.2]
+    assert timing(sky, batches=busy[:2]).seconds(sky) == [7.0, 9.0]
+    on_gpu = harness.Timing([harness.Batch(2.0), harness.Batch(1.0)])
+    assert on_gpu.seconds(sky) == [1.0, 2.0] and on_gpu.still(sky) == 2
+
+
+def test_weather_is_judged_by_the_usual_best():
+    sky = weather.Weather()
+    accident = sky.add(2, 1.0)
+    usual = [sky.add(2, 2.0) for _ in range(200)]
+    slow, other = sky.add(2, 4.0), sky.add(1, 8.0)
+    assert sky.speed(accident) == 2 and sky.speed(usual[0]) == 1 and sky.speed(slow) == 0.5
+    assert sky.speed(other) == 1  # of another number of threads
+    assert sky.probe().seconds > 0
+
+
+def test_probes_are_made_with_the_threads_of_the_contender(threads):
+    threads(2)
+    options = harness.Options(budget=1e-3, memory=False)
+    contenders = [harness.Contender(str(n), lambda: None, lambda n=n: torch.set_num_threads(n)) for n in (2, 1)]
+    for name, measured in harness.measure(contenders, options).items():
+        assert {batch.probe.threads for batch in measured.batches} == {int(name)}
+
+
+def test_cases_that_met_a_busy_machine_are_measured_on():
     speeds = {"a": [10.0, 9.0], "b": [20.0, 18.0, 10.5], "c": [30.0, 40.0, 35.0]}
     runs = []
 
     @dataclasses.dataclass(frozen=True)
     class Fixed(Job):
-        def run(self, options):
+        def measure(self, options):
             runs.append(self.case)
+            assert options.memory == (runs.count(self.case) == 1)
             probe = speeds[self.case][runs.count(self.case) - 1]
-            for name in (OURS, "other"):
-                yield record(self.case, name, median_us=float(len(runs)), probe_us=probe)
+            batches = [(float(len(runs)), probe)] * harness.ENOUGH
+            timings = {name: timing(options.weather, batches=batches) for name in (OURS, "other")}
+            return Measurement(self, 1, timings, {"other"}, ceilings.Ceilings("float32", 1, len(runs), 1.0, 1.0))
 
-    jobs = [Fixed("attention", case, "float32", "forward", "", lambda options: []) for case in speeds]
+    floor = Floor(fma=12.0)
+    jobs = [Fixed("attention", case, "float32", "forward", "", lambda options: [], floor) for case in speeds]
     console = Console(file=io.StringIO())
     options = argparse.Namespace(threads=1, budget=0.1, compile=False, device="cpu", passes=3)
     records, failed = bench.measure(console, jobs, options)
     assert runs == ["a", "b", "c", "b", "c", "b", "c"] and not failed
-    assert [(r.case, r.contender, r.median_us, r.probe_us) for r in records] == [
-        ("a", OURS, 1.0, 10.0), ("a", "other", 1.0, 10.0), ("b", OURS, 6.0, 10.5), ("b", "other", 6.0, 10.5),
-        ("c", OURS, 3.0, 30.0), ("c", "other", 3.0, 30.0),
+    assert [(r.case, r.contender, r.median_us / 1e6, r.batches, r.still_batches) for r in records] == [
+        ("a", OURS, 1.0, 5, 5), ("a", "other", 1.0, 5, 5), ("b", OURS, 6.0, 15, 5), ("b", "other", 6.0, 15, 5),
+        ("c", OURS, 3.0, 15, 0), ("c", "other", 3.0, 15, 0),
     ]  # fmt: skip
-    assert weather.disturbed(records) == {jobs[2].key}
-    assert weather.stillness(records[-1], records) == pytest.approx(1 / 3)
+    assert records[2].percent_of_fma == pytest.approx(100 * 12 / 6 / 6.0)  # the highest ceiling: the last one's
 
 
-def test_bars_tell_how_quiet_it_was(capsys):
-    records = [record("a", probe_us=10.0), record("b", probe_us=12.0), record("c", probe_us=11.0)]
+def test_bars_tell_how_still_it_was(capsys):
+    records = [record("a", still_batches=5), record("b", still_batches=9), record("c", still_batches=9)]
+    records.append(record("c", "other", still_batches=4))
     tables.print_bars(Console(), [], records)
     assert "1 of 3 cases" in capsys.readouterr().out
     tables.print_bars(Console(), [], [record(), record("b")])
-    assert "cases were measured" not in capsys.readouterr().out
+    assert "cases" not in capsys.readouterr().out
+    tables.print_cases(Console(width=160), records)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "float32" in line]
+    assert [row[-2].strip() for row in rows] == ["5", "9", "4"]
 
 
 def test_bars_of_modules():
@@ -212,7 +259,7 @@ def test_csv_keeps_everything(tmp_path):
 
 
 def test_an_older_file_lacks_younger_columns(tmp_path):
-    files.write_csv(tmp_path / "a.csv", {}, [record(probe_us=7.0)])
+    files.write_csv(tmp_path / "a.csv", {}, [record(still_batches=7)])
     head, row = (tmp_path / "a.csv").read_text().splitlines()
     (tmp_path / "a.csv").write_text(head.rsplit(",", 1)[0] + "\n" + row.rsplit(",", 1)[0])
     assert files.read_csv(tmp_path / "a.csv")[1] == [record()]
@@ -290,8 +337,9 @@ def test_job_makes_a_record_for_each_contender():
         return [harness.Contender(OURS, lambda: None), harness.Contender("other", lambda: None)]
 
     job = Job("g", "c", "float32", "forward", "t", contenders, Floor(fma=1e6, exp=10, bytes=100))
-    ours, other = job.run(harness.Options(budget=0.005))
-    assert ours.probe_us == other.probe_us > 0
+    options = harness.Options(budget=0.005)
+    ours, other = job.measure(options).records(options.weather)
+    assert ours.batches >= 3 and other.still_batches is not None
     assert not ours.is_peer and other.is_peer and ours.ratio_to_ours == 1
     assert ours.percent_of_floor > 0 and ours.percent_of_fma > 0 and ours.extra_bytes == 0
 
@@ -400,16 +448,16 @@ def test_first_calls_on_a_gpu_are_not_timed(monkeypatch):
     """They load kernels; one that took longer than its budget would else be all that is timed."""
     taken, head_starts = [9.0, *[1e-3] * 3], []
 
-    def timed(contender, count, device, head_start=0.0):
+    def timed(contender, count, options, head_start=0.0):
         head_starts.append(head_start)
-        return taken.pop(0)
+        return harness.Batch(taken.pop(0))
 
     monkeypatch.setattr(harness, "_timed", timed)
     monkeypatch.setattr(harness, "_launch_seconds", lambda contender: 2e-4)
     contender = harness.Contender("slow to begin", lambda: None)
     plan = harness._plan(contender, harness.Options(budget=0.1, device="cuda"))
-    assert plan.timing.seconds == [] and plan.rounds == 100
+    assert plan.timing.batches == [] and plan.rounds == 100
     # the host is ahead by more than what it takes for a call
     assert head_starts[0] == 0 and all(2e-4 < start < 1e-3 for start in head_starts[1:]) and len(head_starts) == 3
     taken = [9.0, *[1e-3] * 3]
-    assert harness._plan(contender, harness.Options(budget=0.1)).timing.seconds == [9.0]
+    assert harness._plan(contender, harness.Options(budget=0.1)).timing.batches == [harness.Batch(9.0)]

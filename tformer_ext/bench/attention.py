@@ -10,10 +10,11 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from .. import functional as F
 from .harness import Contender, Options
-from .job import DTYPES, OURS, Floor, Job
+from .job import DTYPES, OURS, Floor, Job, copy_contender
 
 # Contenders that hold all scores are left out where these would be more elements than this.
 MOST_SCORES = 1 << 27
+SHORT = 128  # queries up to which moving rows may take longer than arithmetic
 SDPA = "torch SDPA"
 GPU_BACKENDS = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -68,9 +69,13 @@ class Problem:
         begin = torch.zeros_like(row) if self.window is None else (row - self.window).clamp(min=0)
         return int((end - begin).clamp(min=0).sum()) * self.H
 
-    def floor(self, direction: str) -> Floor:
-        """Two products forward, five backward: 4 D and 10 D operations a pair, and one exponential each."""
-        return Floor(fma=self.pairs() * self.D * (4 if direction == "forward" else 10), exp=self.pairs())
+    def floor(self, direction: str, size: int) -> Floor:
+        """Two products forward, five backward: 4 D and 10 D operations a pair, and one exponential each. Of elements of
+        so many bytes q, k, v and out move, backward their gradients too."""
+        moved = 2 * self.B * (self.H * self.S + self.Hk * self.Sk) * self.D * size
+        forward = direction == "forward"
+        fma = self.pairs() * self.D * (4 if forward else 10)
+        return Floor(fma=fma, exp=self.pairs(), bytes=float(moved if forward else 2 * moved))
 
 
 GRID = [(8, 12, 128, 64), (4, 12, 512, 64), (1, 12, 2048, 64), (1, 16, 4096, 128), (64, 12, 32, 64), (1, 32, 1024, 128)]
@@ -118,7 +123,8 @@ def both(problem: Problem, dtype: str, tags: str) -> Iterator[Job]:
             return make_contenders(problem, DTYPES[dtype], direction, options)
 
         all_tags = " ".join(word for word in words if word)
-        yield Job("attention", str(problem), dtype, direction, all_tags, contenders, problem.floor(direction))
+        floor = problem.floor(direction, DTYPES[dtype].itemsize)
+        yield Job("attention", str(problem), dtype, direction, all_tags, contenders, floor)
 
 
 def make_contenders(problem: Problem, dtype: torch.dtype, direction: str, options: Options) -> list[Contender]:
@@ -144,7 +150,10 @@ def make_contenders(problem: Problem, dtype: torch.dtype, direction: str, option
             calls["compiled eager"] = torch.compile(calls["eager"])
     leaves = [*qkv, *([bias] if p.bias else [])]
     grad_out = random(p.B, p.H, p.S, p.D)
-    return [contender(name, call, leaves, grad_out, backward) for name, call in calls.items()]
+    made = [contender(name, call, leaves, grad_out, backward) for name, call in calls.items()]
+    if p.S <= SHORT and options.device == "cpu":
+        made.append(copy_contender(p.floor(direction, dtype.itemsize).bytes, options.device))
+    return made
 
 
 def contender(name: str, call: Callable, leaves: list[torch.Tensor], grads, backward: bool) -> Contender:

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,11 @@ class Ceilings:
         """One line for a table's title."""
         peaks = f"FMA {self.fma / 1e9:.0f} GFLOP/s, exp {self.exp / 1e9:.2f} G/s"
         return f"{self.dtype}: {peaks}, copy {self.copy / 1e9:.1f} GB/s"
+
+    def highest(self, other: "Ceilings") -> "Ceilings":
+        """The higher one of each peak."""
+        higher = {peak: max(getattr(self, peak), getattr(other, peak)) for peak in ("fma", "exp", "copy")}
+        return replace(self, **higher)
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""

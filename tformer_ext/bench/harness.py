@@ -5,7 +5,6 @@ import gc
 import math
 import os
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -13,9 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .weather import STILL, Probe, Weather
+
 # A shorter batch would measure the clock; calls are repeated until one is this long.
 BATCH_SECONDS = 1e-3
 MOST_ROUNDS = 400
+ENOUGH = 5  # batches that a median is taken of where the machine was too busy for more
 GPU_HERTZ = 2.2e9  # no GPU's clock is much faster: torch.cuda._sleep counts its ticks
 
 
@@ -28,26 +30,40 @@ class Contender:
     prepare: Callable[[], object] | None = None
     is_peer: bool = True  # does the same job, so a ratio to it means something
     compiles: bool = False  # its first call says nothing about the next ones
-    share: float = 1.0  # of the budget
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Seconds per call; the slower one of the probes before and after, None on a GPU, which is nobody else's."""
+
+    seconds: float
+    probe: Probe | None = None
 
 
 @dataclass
 class Timing:
-    """Seconds per call of each round, in order; what one call allocated beyond its results; minor page faults."""
+    """All batches in order; calls and minor page faults in them; what one call allocated beyond its results."""
 
-    seconds: list[float] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     calls: int = 0
-    page_faults: float = 0.0
+    page_faults: int = 0
     extra_bytes: int | None = None
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
+    def seconds(self, weather: Weather) -> list[float]:
+        """Of the batches that count, in ascending order: those in still weather, the ENOUGH stillest ones at least."""
+        speeds = [1.0 if batch.probe is None else weather.speed(batch.probe) for batch in self.batches]
+        least = min(STILL, sorted(speeds)[-ENOUGH:][0])
+        return sorted(batch.seconds for batch, speed in zip(self.batches, speeds, strict=True) if speed >= least)
 
-    def quantile(self, q: float) -> float:
-        """Nearest-rank quantile, 0 <= q <= 1."""
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+    def still(self, weather: Weather) -> int:
+        """How many batches were in still weather."""
+        return sum(batch.probe is None or weather.speed(batch.probe) >= STILL for batch in self.batches)
+
+    def extend(self, later: "Timing") -> None:
+        """Adds what was measured later."""
+        self.batches += later.batches
+        self.calls += later.calls
+        self.page_faults += later.page_faults
 
 
 @dataclass
@@ -59,6 +75,7 @@ class Options:
     compile: bool = False  # also time torch.compile of the eager chain
     memory: bool = True  # also count what one call allocates
     device: str = "cpu"  # where the contenders' tensors are
+    weather: Weather = field(default_factory=Weather)
 
 
 @dataclass
@@ -95,8 +112,7 @@ def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
                 if plan.done < math.ceil((n + 1) * plan.rounds / total):
                     _batch(plan, options)
     for plan in plans:
-        plan.timing.page_faults /= max(1, plan.timing.calls)
-        if options.memory and plan.contender.is_peer and plan.timing.median < 1.0:
+        if options.memory and plan.contender.is_peer and plan.timing.batches[0].seconds < 1.0:
             measured = extra_gpu_bytes if options.device == "cuda" else extra_bytes
             plan.timing.extra_bytes = measured(plan.contender)
     return {plan.contender.name: plan.timing for plan in plans}
@@ -106,40 +122,41 @@ def _plan(contender: Contender, options: Options) -> Plan:
     """Warms the contender up and spreads its budget."""
     plan = Plan(contender, Timing())
     if options.device == "cuda":
-        _timed(contender, 1, options.device)  # loads kernels and makes plans, seconds that say nothing of a slow call
+        _timed(contender, 1, options)  # loads kernels and makes plans, seconds that say nothing of a slow call
         plan.head_start = 1.5 * _launch_seconds(contender)
-    first = _timed(contender, 1, options.device, plan.head_start)
-    budget = contender.share * options.budget
-    if not contender.compiles and first > 4 * budget:
-        plan.timing.seconds, plan.timing.calls = [first], 1
+    first = _timed(contender, 1, options, plan.head_start)
+    if not contender.compiles and first.seconds > 4 * options.budget:
+        plan.timing.batches, plan.timing.calls = [first], 1
         return plan
-    second = _timed(contender, 1, options.device, plan.head_start)
+    second = _timed(contender, 1, options, plan.head_start).seconds
     if second < BATCH_SECONDS:  # too short to judge by one call
-        second = min(second, _timed(contender, 10, options.device, plan.head_start) / 10)
+        second = min(second, _timed(contender, 10, options, plan.head_start).seconds)
     plan.inner = max(1, math.ceil(BATCH_SECONDS / second))
-    plan.rounds = min(MOST_ROUNDS, max(3, int(budget / (second * plan.inner))))
+    plan.rounds = min(MOST_ROUNDS, max(3, int(options.budget / (second * plan.inner))))
     return plan
 
 
 def _batch(plan: Plan, options: Options) -> None:
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    seconds = _timed(plan.contender, plan.inner, options.device, plan.head_start)
-    plan.timing.seconds.append(seconds / plan.inner)
+    plan.timing.batches.append(_timed(plan.contender, plan.inner, options, plan.head_start))
     plan.timing.page_faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     plan.timing.calls += plan.inner
     plan.done += 1
 
 
-def _timed(contender: Contender, count: int, device: str, head_start: float = 0.0) -> float:
+def _timed(contender: Contender, count: int, options: Options, head_start: float = 0.0) -> Batch:
     if contender.prepare is not None:
         contender.prepare()
     call = contender.call
-    if device == "cuda":
-        return _timed_by_events(call, count, head_start)
+    if options.device == "cuda":
+        return Batch(_timed_by_events(call, count, head_start) / count)
+    before = options.weather.probe()
     start = time.perf_counter()
     for _ in range(count):
         call()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    after = options.weather.probe()
+    return Batch(seconds / count, max(before, after, key=lambda probe: probe.seconds))
 
 
 def _timed_by_events(call: Callable[[], object], count: int, head_start: float) -> float:

@@ -1,14 +1,15 @@
 """What a benchmark is made of: a job has contenders, a floor, and becomes one record per contender."""
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .ceilings import Ceilings, measure_ceilings, measure_gpu_ceilings
-from .harness import Contender, Options, Timing, measure
+from .harness import ENOUGH, Contender, Options, Timing, measure
 from .record import Record
-from .weather import PROBE, probe_contender
+from .weather import Weather
 
 OURS = "ours"  # the first contender of every job
 COPY = "copy"  # a contender that only moves as many bytes as the floor of its job
@@ -67,7 +68,7 @@ class Job:
     def name(self) -> str:
         return "/".join(self.key)
 
-    def run(self, options: Options) -> Iterator[Record]:
+    def measure(self, options: Options) -> "Measurement":
         """Ceilings are measured right before, so that they meet the machine in the same state."""
         ceilings = None
         if self.floor:
@@ -75,36 +76,62 @@ class Job:
             on_gpu = options.device == "cuda"
             ceilings = measure_gpu_ceilings(dtype) if on_gpu else measure_ceilings(dtype, options.threads)
         contenders = self.contenders(options)
-        probe = [] if options.device == "cuda" else [probe_contender(options.threads)]
-        timings = measure(contenders + probe, options)
-        for contender in contenders:
-            if contender.name in timings:
-                yield self._record(contender, timings, ceilings, options)
+        timings = measure(contenders, options)
+        peers = {c.name for c in contenders if c.is_peer and c.name != OURS}
+        return Measurement(self, options.threads, timings, peers, ceilings)
 
-    def _record(self, contender: Contender, timings: dict[str, Timing], ceilings, options: Options) -> Record:
-        timing = timings[contender.name]
+
+@dataclass
+class Measurement:
+    """What has been measured for a job so far, by name of the contender."""
+
+    job: Job
+    threads: int
+    timings: dict[str, Timing]
+    peers: set[str]
+    ceilings: Ceilings | None
+
+    def extend(self, later: "Measurement") -> None:
+        """Adds what was measured later. The ceilings are the highest seen: a busy machine only lowers them."""
+        for name, timing in later.timings.items():
+            self.timings[name].extend(timing)
+        if self.ceilings:
+            self.ceilings = self.ceilings.highest(later.ceilings)
+
+    def is_still(self, weather: Weather) -> bool:
+        """Whether enough batches of each contender were in still weather."""
+        return all(timing.still(weather) >= ENOUGH for timing in self.timings.values())
+
+    def records(self, weather: Weather) -> list[Record]:
+        """One for each contender."""
+        counted = {name: timing.seconds(weather) for name, timing in self.timings.items()}
+        medians = {name: statistics.median(seconds) for name, seconds in counted.items()}
+        return [self._record(name, counted, medians, weather) for name in self.timings]
+
+    def _record(self, name: str, counted: dict[str, list[float]], medians: dict[str, float], weather) -> Record:
+        job, timing, seconds, median = self.job, self.timings[name], counted[name], medians[name]
         record = Record(
-            group=self.group,
-            case=self.case,
-            dtype=self.dtype,
-            direction=self.direction,
-            contender=contender.name,
-            is_peer=contender.is_peer and contender.name != OURS,
-            tags=self.tags,
-            threads=options.threads,
-            median_us=1e6 * timing.median,
-            low_us=1e6 * timing.quantile(0.25),
-            high_us=1e6 * timing.quantile(0.75),
+            group=job.group,
+            case=job.case,
+            dtype=job.dtype,
+            direction=job.direction,
+            contender=name,
+            is_peer=name in self.peers,
+            tags=job.tags,
+            threads=self.threads,
+            median_us=1e6 * median,
+            low_us=1e6 * seconds[len(seconds) // 4],
+            high_us=1e6 * seconds[3 * len(seconds) // 4],
             calls=timing.calls,
-            ratio_to_ours=timing.median / timings[OURS].median,
+            ratio_to_ours=median / medians[OURS],
             extra_bytes=timing.extra_bytes,
-            page_faults=timing.page_faults,
-            probe_us=1e6 * timings[PROBE].median if PROBE in timings else None,
+            page_faults=timing.page_faults / timing.calls,
+            batches=len(timing.batches),
+            still_batches=timing.still(weather),
         )
-        if self.floor:
-            copied = timings[COPY].median if COPY in timings else None
-            record.floor_us = 1e6 * self.floor.seconds(ceilings, copied)
+        if job.floor:
+            record.floor_us = 1e6 * job.floor.seconds(self.ceilings, medians.get(COPY))
             record.percent_of_floor = 100 * record.floor_us / record.median_us
-            if self.floor.fma:
-                record.percent_of_fma = 1e8 * self.floor.fma / ceilings.fma / record.median_us
+            if job.floor.fma:
+                record.percent_of_fma = 1e8 * job.floor.fma / self.ceilings.fma / record.median_us
         return record

@@ -18,7 +18,7 @@ class Record:
     threads: int
     median_us: float
     low_us: float  # first and
-    high_us: float  # third quartile of the rounds
+    high_us: float  # third quartile of the batches that count
     calls: int
     floor_us: float | None = None
     percent_of_floor: float | None = None  # floor / median
@@ -26,7 +26,8 @@ class Record:
     ratio_to_ours: float | None = None  # how many times as long as ours
     extra_bytes: int | None = None  # allocated through torch during the call beyond its results
     page_faults: float | None = None  # minor ones, per call
-    probe_us: float | None = None  # of a fixed product, in turn with the contenders: the machine's speed at the time
+    batches: int | None = None  # each of one or several calls
+    still_batches: int | None = None  # of them, in still weather (weather.py): these count
 
     @property
     def key(self) -> tuple[str, str, str, str]:

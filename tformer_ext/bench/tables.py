@@ -7,15 +7,15 @@ from rich.table import Table
 
 from .accuracy import Errors
 from .bars import Bar
+from .harness import ENOUGH
 from .job import OURS
 from .record import Record, best_peer, by_case
-from .weather import STILL, disturbed, stillness
+from .weather import STILL
 
 
 def print_cases(console: Console, records: Iterable[Record]) -> None:
-    """A table for each group: ours, how many times as long each peer takes, how near the floor we are, and how near its
-    best the machine was."""
-    records = list(records)
+    """A table for each group: ours, how many times as long each peer takes, how near the floor we are, and how many
+    batches of the contender that had fewest were in still weather."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.group, []).append(record)
@@ -30,15 +30,14 @@ def print_cases(console: Console, records: Iterable[Record]) -> None:
             "floor %",
             "FMA %",
             "extra MiB",
-            "quiet %",
+            "still",
         )
         table = Table(*columns, title=group, title_justify="left")
         for contenders in by_case(members).values():
             ours, best = contenders[OURS], best_peer(contenders)
             cells = [_ratio(contenders.get(name), best) for name in peers]
             extra = None if ours.extra_bytes is None else ours.extra_bytes / 2**20
-            quiet = stillness(ours, records)
-            figures = (ours.percent_of_floor, ours.percent_of_fma, extra, quiet and 100 * quiet)
+            figures = (ours.percent_of_floor, ours.percent_of_fma, extra, _still(contenders))
             row = (ours.case, ours.dtype, ours.direction[:3], f"{ours.median_us:.4g}", *cells)
             table.add_row(*row, *("" if f is None else f"{f:.3g}" for f in figures))
         console.print(table)
@@ -53,6 +52,10 @@ def _ratio(record: Record | None, best: Record | None) -> str:
     return f"[green]{text}[/]" if record.ratio_to_ours >= 1 else f"[red]{text}[/]"
 
 
+def _still(contenders: dict[str, Record]) -> int | None:
+    return min((r.still_batches for r in contenders.values() if r.still_batches is not None), default=None)
+
+
 def print_bars(console: Console, bars: Iterable[Bar], records: list[Record]) -> None:
     """The bars, and how many cases they were measured by in a machine that was busy with other things."""
     table = Table("bar", "required", "measured", "", "decided by", title="bars", title_justify="left")
@@ -61,10 +64,10 @@ def print_bars(console: Console, bars: Iterable[Bar], records: list[Record]) -> 
         measured = "" if bar.measured is None else f"{bar.measured:.3g}"
         table.add_row(bar.name, bar.required, measured, f"[{colour}]{bar.verdict()}[/]", bar.detail)
     console.print(table)
-    if restless := disturbed(records):
-        total = len(by_case(records))
-        slower = f"below {100 * STILL:.0f} % of its best speed"
-        console.print(f"{len(restless)} of {total} cases were measured while the machine ran {slower} (quiet %)")
+    still = [_still(contenders) for contenders in by_case(records).values()]
+    if restless := sum(count is not None and count < ENOUGH for count in still):
+        slower = f"below {100 * STILL:.0f} % of its usual best speed"
+        console.print(f"{restless} of {len(still)} cases: fewer than {ENOUGH} batches were not in a machine {slower}")
 
 
 def print_errors(console: Console, errors: Iterable[Errors]) -> None:

@@ -1,37 +1,44 @@
 """How fast the machine is at the moment: what other programs do to its cores and caches shows in no other figure."""
 
-from collections.abc import Iterable
+import bisect
+import time
+from dataclasses import dataclass
 
 import torch
 
-from .harness import Contender
-from .record import Record
-
-PROBE = "probe"
 SIZE = 256  # a product of some 100 us, from the second-level cache
-STILL = 0.9  # a case counts as undisturbed from this share of the run's best on
+STILL = 0.9  # a moment counts as undisturbed from this share of the usual best speed on
+BEST = 0.01  # the share of a run's probes that are faster than its usual best: the very fastest one is an accident
 
 
-def probe_contender(threads: int) -> Contender:
-    """The same product by torch for every job of a run, timed in turn with the job's contenders."""
-    a, b, product = (torch.ones(SIZE, SIZE) for _ in range(3))
-    return Contender(
-        PROBE,
-        lambda: torch.mm(a, b, out=product),
-        prepare=lambda: torch.set_num_threads(threads),
-        is_peer=False,
-        share=0.25,
-    )
+@dataclass(frozen=True)
+class Probe:
+    """The time that the product took with so many threads."""
+
+    threads: int
+    seconds: float
 
 
-def stillness(record: Record, records: Iterable[Record]) -> float | None:
-    """Speed of the probe during this record's job over its best speed of the run; None without a probe."""
-    if record.probe_us is None:
-        return None
-    return min(r.probe_us for r in records if r.probe_us is not None) / record.probe_us
+class Weather:
+    """Times the same product by torch again and again, all through a run."""
 
+    def __init__(self):
+        self._tensors = [torch.ones(SIZE, SIZE) for _ in range(3)]
+        self._seconds: dict[int, list[float]] = {}  # of each number of threads, in ascending order
 
-def disturbed(records: list[Record]) -> set[tuple]:
-    """Keys of the jobs during which the machine was slower than STILL."""
-    best = min((r.probe_us for r in records if r.probe_us is not None), default=0.0)
-    return {r.key for r in records if r.probe_us is not None and best < STILL * r.probe_us}
+    def probe(self) -> Probe:
+        """With torch's present number of threads."""
+        a, b, product = self._tensors
+        start = time.perf_counter()
+        torch.mm(a, b, out=product)
+        return self.add(torch.get_num_threads(), time.perf_counter() - start)
+
+    def add(self, threads: int, seconds: float) -> Probe:
+        """Takes note of a product's time."""
+        bisect.insort(self._seconds.setdefault(threads, []), seconds)
+        return Probe(threads, seconds)
+
+    def speed(self, probe: Probe) -> float:
+        """Over the usual best of the run so far with as many threads."""
+        ordered = self._seconds[probe.threads]
+        return ordered[int(BEST * len(ordered))] / probe.seconds

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help=f"folder of the files ({RESULTS}, or here)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of ours")
     parser.add_argument("--budget", type=float, default=0.6, metavar="SECONDS", help="for each contender of a job")
-    passes = "measure cases again that met a busy machine, in so many passes in all"
+    passes = "measure cases on that met a busy machine, in so many passes in all"
     parser.add_argument("--passes", type=int, default=3, metavar="N", help=passes)
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the eager chain too")
     parser.add_argument("--against", type=Path, metavar="CSV", help="an older run: list what got slower, what faster")
@@ -130,13 +130,11 @@ def chosen_jobs(options: argparse.Namespace) -> list:
 def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dict[str, Exception]]:
     """The records of all jobs, with a progress bar; and what went wrong with a job, so that the others are not lost.
 
-    Jobs that met a busy machine have another go in the next pass, minutes later. Of each the quietest one counts, for
-    all of its contenders.
+    Jobs that saw too little still weather are measured on in the next pass, minutes later.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tformer_ext.bench.harness import Options
-    from tformer_ext.bench.weather import disturbed
 
     before = torch.get_num_threads()
     settings = Options(threads=options.threads, budget=options.budget, compile=options.compile, device=options.device)
@@ -147,24 +145,22 @@ def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dic
             chosen = jobs
             for n in range(options.passes):
                 task = progress.add_task("", total=len(chosen))
+                settings.memory = n == 0  # an amount does not depend on the weather
                 for job in chosen:
                     progress.update(task, description=f"{job.name}{f', pass {n + 1}' if n else ''}")
                     torch.set_num_threads(options.threads)
                     try:
-                        records = list(job.run(settings))
+                        measured = job.measure(settings)
                     except Exception as error:
                         failed[job.name] = error
                     else:
-                        found[job.name] = quietest(found.get(job.name), records)
+                        found.setdefault(job.name, measured)
+                        if found[job.name] is not measured:
+                            found[job.name].extend(measured)
                     progress.advance(task)
                 progress.remove_task(task)
-                again = disturbed([record for records in found.values() for record in records])
-                chosen = [job for job in jobs if job.key in again and job.name not in failed]
+                ok = [job for job in chosen if job.name not in failed]
+                chosen = [job for job in ok if not found[job.name].is_still(settings.weather)]
     finally:
         torch.set_num_threads(before)
-    return [record for job in jobs for record in found.get(job.name, [])], failed
-
-
-def quietest(old: list | None, new: list) -> list:
-    """The records of the pass with the faster probe."""
-    return new if not old or new[0].probe_us < old[0].probe_us else old
+    return [record for job in jobs if job.name in found for record in found[job.name].records(settings.weather)], failed
