@@ -2,14 +2,14 @@
 // ranges: Milakov & Gimelshein 2018; tiling: Dao et al. 2022).
 #pragma once
 
-#include "attention_row_tile.h"
+#include "attention_tiles_beside.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
 
 template <class T, class P>
-class AttentionForward : AttentionRowTiles<T, P> {
-  using Base = AttentionRowTiles<T, P>;
+class AttentionForward : AttentionTilesBeside<T, P> {
+  using Base = AttentionTilesBeside<T, P>;
   using typename Base::Product, typename Base::Results, typename Base::Span, typename Base::State, typename Base::Tile;
   using Real = typename P::Real;
   static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows;
@@ -128,11 +128,13 @@ class AttentionForward : AttentionRowTiles<T, P> {
             fetch_row_to_write(row_of<const T>(p.o, at.b, at.head(r), s.q_begin + at.query(r)), p.Dv);
           }
           if constexpr (P::kTiles) {
-            rest = this->weigh_in_tiles(row_scores, at, q_k, key0, rest, finite.holds(), next);
+            rest = this->weigh_beside(row_scores, at, q_k, key0, rest, finite.holds(), next);
           } else {
             this->weigh(row_scores, at, q_k, key0, rest, 2 * panels(padded) + 1, finite.holds(), next);
           }
-          if (!last) {
+          if (!last && P::kTiles && finite.holds()) {
+            this->wait(at, rest);
+          } else if (!last) {
             this->multiply_values(at, rest, finite.holds(), nullptr);
           } else {
             finish_tile(s, at, rest, finite.holds(), row_scores.pending_scale(), i - t.q_begin, t.k_begin);
@@ -142,6 +144,7 @@ class AttentionForward : AttentionRowTiles<T, P> {
         keep_tiles_awake<P>();
         if (last && !p.part_keys) write_lse(s, b, h, t.q_begin, q_end - t.q_begin);
       }
+      this->add_waiting();
     }
   }
 
@@ -153,7 +156,7 @@ class AttentionForward : AttentionRowTiles<T, P> {
 
   // The last keys of a tile: o / l; a row without a visible key is 0. `at`: place of the tile among the task's rows.
   void finish_tile(const Sequence& s, const Tile& tile, const Span& span, bool finite, Real scale, int64_t at,
-                   int64_t k_begin) const {
+                   int64_t k_begin) {
     Real m[kTileRows], l[kTileRows], factor[kTileRows];
     for (int64_t r = 0; r < tile.rows; ++r) m[r] = tile.state.m[r] * scale, l[r] = sum_lanes<Real>(tile.state.l[r]);
     if (p.part_keys) {
@@ -169,10 +172,11 @@ class AttentionForward : AttentionRowTiles<T, P> {
       row_m[at + r] = m[r], row_l[at + r] = l[r];
     }
     T* rows = row_of<T>(p.o, tile.b, tile.h, s.q_begin + tile.i);
-    uint8_t progress;
     const int64_t row = tile.rows_are_heads ? p.o.stride[1] : p.o.stride[2];
-    const Results results{tile.o, out_columns, &progress, rows, row, p.Dv, factor};
     const bool direct = finite && span.begin < span.end;
+    if (P::kTiles && direct) return this->wait(tile, span, factor, rows, row);
+    uint8_t progress;
+    const Results results{tile.o, out_columns, &progress, rows, row, p.Dv, factor};
     this->multiply_values(tile, span, finite, direct ? &results : nullptr);
     if (direct) return;
     for (int64_t r = 0; r < tile.rows; ++r) write_row(rows + r * row, tile.o + r * out_columns, l[r], factor[r]);

@@ -19,13 +19,12 @@ struct AttentionRowTiles {
   using Results = IntoRows<P, T>;
   static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows, kTileColumns = P::kTileColumns, kSlices = P::kSlices;
   static constexpr int64_t kStrip = kTileColumns * L;  // columns of a register tile
-  // Of scores that tile registers have left in memory; fewer where there are more products beside them.
-  static constexpr int kRowsAtOnce = kSlices == 1 ? 2 : 1;
 
   const AttentionParams& p;
   const int64_t range_keys, stretch_keys, q_groups, groups, out_columns;
   const int64_t weight_groups;  // of a row of weights
-  Group *keys, *values, *queries, *weights;
+  Group *keys, *values, *queries;
+  Group *weights, *other_weights;  // of the present stretch; in tile registers there are those of two, in turn
   Real* scores;
   uint8_t *live, *hidden;
   const Dropout dropout;
@@ -45,8 +44,9 @@ struct AttentionRowTiles {
     values = scratch.take<Group>(range_keys / P::kStep * kSlices * out_columns);
     queries = scratch.take<Group>(kTileRows * kSlices * q_groups);
     scores = scratch.take<Real>(kInTurn * kTileRows * score_keys());
-    weights = P::kStep == 1 ? reinterpret_cast<Group*>(scores)
-                            : scratch.take<Group>(kInTurn * kTileRows * kSlices * weight_groups);
+    const auto take_weights = [&] { return scratch.take<Group>(kTileRows * kSlices * weight_groups); };
+    weights = P::kStep == 1 ? reinterpret_cast<Group*>(scores) : take_weights();
+    other_weights = P::kTiles ? take_weights() : nullptr;
     live = scratch.take<uint8_t>(range_keys / kPanel<P>);
     hidden = scratch.take<uint8_t>(kTileRows * stretch_keys);
   }
@@ -142,146 +142,6 @@ struct AttentionRowTiles {
     return true;
   }
 
-  // The same in tile registers, stretch by stretch: the scores of a key block become weights beside the products of the
-  // next one, and beside those of the weights of the stretch before with their values. Returns the last stretch, whose
-  // values are still to be added.
-  Span weigh_in_tiles(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, int64_t key0,
-                      const Span& seen, bool finite, Upcoming<T>& next) {
-    if (seen.begin >= seen.end) return seen;
-    const auto block = [&](int64_t begin, int64_t from) {
-      return Keys{key0, begin, from, from + kKeyBlock < seen.end ? from + kKeyBlock : seen.end};
-    };
-    multiply_keys(q_k, tile.rows, block(seen.begin, seen.begin));
-    Span before{0, 0}, stretch{seen.begin, seen.begin};
-    for (;;) {
-      stretch = {stretch.end, stretch.end + stretch_keys < seen.end ? stretch.end + stretch_keys : seen.end};
-      const int64_t blocks = (stretch.end - stretch.begin + kKeyBlock - 1) / kKeyBlock;
-      Real rescale[kTileRows];
-      for (int64_t r = 0; r < tile.rows; ++r) rescale[r] = 1;
-      for (int64_t n = 0; n < blocks; ++n) {
-        const Keys some = block(stretch.begin, stretch.begin + n * kKeyBlock), after = block(stretch.begin, some.to);
-        const int64_t strips = (out_columns + kStrip - 1) / kStrip;
-        const Span columns{strips * n / blocks * kStrip, strips * (n + 1) / blocks * kStrip};
-        weigh_block(row_scores, tile, q_k, some, after, before, columns, finite, rescale);
-        for (int i = 0; i < 4; ++i) next.fetch();
-      }
-      if (before.begin < before.end) tile.state.empty = false;
-      scale_sums(tile, rescale);
-      if (stretch.end == seen.end) return stretch;
-      before = {0, 0};
-      if (!finite) {
-        multiply_values(tile, stretch, finite, nullptr);
-      } else if (any_live(stretch)) {
-        before = stretch;
-      }
-    }
-  }
-
-  // One block of them, `some`; beside it the scores of `after`, and `columns` of the sums of the stretch `before`.
-  void weigh_block(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, const Keys& some,
-                   const Keys& after, const Span& before, const Span& columns, bool finite, Real* rescale) {
-    const int64_t last_column = columns.end < out_columns ? columns.end : out_columns;
-    const int64_t of_values = (last_column - columns.begin) / L * ((before.end - before.begin) / kUnit<P>);
-    const int64_t products =
-        (after.count() / L * (groups / P::kSumUnit) + of_values) * (tile.rows > L ? 2 : 1) * Terms<kSlices>::kCount;
-    Pieces pieces(*this, row_scores, tile, some, finite, rescale, products);
-    if (after.count() > 0) multiply_keys(q_k, tile.rows, after, pieces);
-    for (int64_t column = columns.begin; of_values > 0 && column < last_column; column += kStrip) {
-      add_values(tile, before, column, pieces);
-    }
-    pieces.finish();
-  }
-
-  // The scores of a key block, which become weights kRowsAtOnce rows at a time.
-  class Pieces {
-   public:
-    Pieces(AttentionRowTiles& tiles, const Scores<Real>& row_scores, const Tile& tile, const Keys& block, bool finite,
-           Real* rescale, int64_t products)
-        : tiles_(tiles),
-          row_scores_(row_scores),
-          tile_(tile),
-          block_(block),
-          finite_(finite),
-          rescale_(rescale),
-          edge_(row_scores.by_keys && tiles.bounds_of(row_scores, tile, block, bounds_)),
-          scaling_(row_scores.pending_scale()),
-          scores_(tiles.scores_of(0, block)),
-          weights_(tiles.weights_of(0, block)),
-          share_((tile.rows + kRowsAtOnce - 1) / kRowsAtOnce, products) {}
-
-    // Called after each of those products.
-    TFORMER_INLINE void operator()() {
-      share_.after_one([this]() TFORMER_LAMBDA { make_one(); });
-    }
-    void finish() {
-      for (; r_ < tile_.rows; make_one()) {
-        if (r_ % 8 == 0) keep_tiles_awake<P>();
-      }
-    }
-
-   private:
-    __attribute__((noinline)) void make_one() {
-      if (r_ >= tile_.rows) return;
-      const int64_t end = r_ + kRowsAtOnce < tile_.rows ? r_ + kRowsAtOnce : tile_.rows;
-      const bool finished = !row_scores_.by_keys;
-      for (int64_t r = r_; finished && r < end; ++r) {
-        row_scores_.finish_row(tiles_.scores_of(r, block_), tile_.query(r), block_.key0 + block_.from, block_.count(),
-                               nullptr);
-      }
-      if (!finite_ || !weigh()) {
-        tiles_.add_rows(row_scores_, tile_, block_, r_, end, finished, finite_, rescale_);
-      }
-      r_ += kRowsAtOnce;
-    }
-
-    TFORMER_INLINE bool weigh() {
-      if (tiles_.p.dropout_p == 0) return weigh([](int, int, F weight) TFORMER_LAMBDA { return weight; });
-      U32 number[kRowsAtOnce][kKeyBlock / L];
-      const Dropout& dropout = tiles_.dropout;
-      dropout.template numbers<kRowsAtOnce>(counter_of(tile_, r_), block_.key0 + block_.from,
-                                            [&](int i, int at, U32 some) TFORMER_LAMBDA { number[i][at / L] = some; });
-      return weigh([&, kept = static_cast<float>(dropout.scale)](int i, int n, F weight)
-                       TFORMER_LAMBDA { return multiply_where_at_least(number[i][n], dropout.least, weight, kept); });
-    }
-
-    template <class Leave>
-    TFORMER_INLINE bool weigh(Leave&& leave) {
-      constexpr int kAll = static_cast<int>(kKeyBlock / L);
-      const auto weigh = [&](auto columns) TFORMER_LAMBDA {
-        return tile_.state.template weigh_scores<kRowsAtOnce, columns>(
-            r_, scores_ + r_ * kKeyBlock, kKeyBlock, edge_ ? &bounds_ : nullptr, scaling_,
-            weights_ + place_along<P>(r_, 0, tiles_.weight_groups), leave);
-      };
-      if (block_.count() == kKeyBlock) return weigh(std::integral_constant<int, kAll>{});
-      return weigh(std::integral_constant<int, kAll / 2>{});
-    }
-
-    AttentionRowTiles& tiles_;
-    const Scores<Real>& row_scores_;
-    const Tile& tile_;
-    const Keys& block_;
-    const bool finite_;
-    Real* const rescale_;
-    typename State::Bounds bounds_;
-    const bool edge_;
-    const typename State::Scaling scaling_;
-    const Real* const scores_;
-    Group* const weights_;
-    EvenShare share_;
-    int64_t r_ = 0;
-  };
-
-  // A strip of columns of the weighted values of a whole stretch.
-  template <class Beside>
-  void add_values(const Tile& tile, const Span& span, int64_t column, Beside&& beside) const {
-    if constexpr (P::kTiles) {
-      const Product m = values_product(span, span.begin, span.end);
-      const int vectors = column + kStrip <= out_columns ? 2 : 1;
-      tile_product(tile.rows, vectors, m, IntoSums<P>{tile.o, out_columns, !tile.state.empty}, beside, m.a,
-                   m.b_at(0, column), m.steps, int64_t{0}, column);
-    }
-  }
-
   // Panels of [first, last) that the mask hides from all rows of the tile.
   void leave_out_hidden(const Scores<Real>& row_scores, const Tile& tile, int64_t key0, int64_t& first,
                         int64_t& last) const {
@@ -322,11 +182,11 @@ struct AttentionRowTiles {
   }
 
   // The product of the weights of the keys [from, to) of a stretch with their values.
-  Product values_product(const Span& stretch, int64_t from, int64_t to) const {
+  Product values_product(const Group* of, const Span& stretch, int64_t from, int64_t to) const {
     const int64_t steps = range_keys / P::kStep;
-    return packed_product<P>(weights_of(stretch) + place_along<P>(0, (from - stretch.begin) / P::kStep, weight_groups),
-                             weight_groups, values + place_down<P>(from / P::kStep, 0, out_columns, steps), out_columns,
-                             steps, (to - from) / P::kStep);
+    return packed_product<P>(of + place_along<P>(0, (from - stretch.begin) / P::kStep, weight_groups), weight_groups,
+                             values + place_down<P>(from / P::kStep, 0, out_columns, steps), out_columns, steps,
+                             (to - from) / P::kStep);
   }
 
   // The weights of keys, at most one panel, without scores in memory; false where that is no way.
@@ -388,8 +248,7 @@ struct AttentionRowTiles {
       const Real factor = tile.state.raise(r, top[r], scale);
       if (factor == 1) continue;
       rescale[r] *= factor;
-      Group* w = weights_of({some.begin, some.to});
-      for (int64_t j = 0; j < at / P::kStep; j += L) P::scale(w + place_along<P>(r, j, weight_groups), factor);
+      for (int64_t j = 0; j < at / P::kStep; j += L) P::scale(weights + place_along<P>(r, j, weight_groups), factor);
     }
     for (int64_t r = r_begin; r < r_end; ++r) {
       Real* row = scores_of(r, some);
@@ -402,12 +261,8 @@ struct AttentionRowTiles {
     }
   }
 
-  // In tile registers there are weights of two stretches, in turn.
-  Group* weights_of(const Span& stretch) const {
-    return weights + (P::kTiles ? stretch.begin / stretch_keys % 2 * (kTileRows * kSlices * weight_groups) : 0);
-  }
   Group* weights_of(int64_t r, const Keys& some) const {
-    return weights_of({some.begin, some.to}) + place_along<P>(r, some.at() / P::kStep, weight_groups);
+    return weights + place_along<P>(r, some.at() / P::kStep, weight_groups);
   }
 
   // In tile registers there are scores of two key blocks, in turn.
@@ -455,7 +310,7 @@ struct AttentionRowTiles {
       while (run < last && live[run] == live[n] && run % kSumPanels != 0) ++run;
       if (live[n]) {
         const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < span.end ? run * kPanel<P> : span.end;
-        const Product m = values_product(span, j, stop);
+        const Product m = values_product(weights, span, j, stop);
         const IntoSums<P> sums{tile.o, out_columns, !tile.state.empty};
         if (!finite) {
           product_without_hidden<P>(m, tile.rows, out_columns, sums,
