@@ -229,6 +229,29 @@ def test_cases_that_met_a_busy_machine_are_measured_on():
     assert records[2].percent_of_fma == pytest.approx(100 * 12 / 6 / 6.0)  # the highest ceiling: the last one's
 
 
+@pytest.mark.parametrize(("at", "kept", "missing"), [(1, "ab", "c"), (4, "abc", "")])
+def test_an_interrupt_keeps_what_was_measured(at, kept, missing, capsys):
+    runs = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Fixed(Job):
+        def measure(self, options):
+            runs.append(self.case)
+            if len(runs) > at + 1:
+                raise KeyboardInterrupt
+            timings = {OURS: timing(options.weather, batches=[(1.0, 10.0 + len(runs))] * 2)}
+            return Measurement(self, 1, timings, set(), None)
+
+    jobs = [Fixed("attention", case, "float32", "forward", "", lambda options: []) for case in "abc"]
+    options = argparse.Namespace(threads=1, budget=0.1, compile=False, device="cpu", passes=3)
+    records, failed = bench.measure(Console(), jobs, options)
+    assert [r.case for r in records] == list(kept) and list(failed) == [job.name for job in jobs if job.case in missing]
+    assert f"interrupted after {len(kept)} of 3 cases" in capsys.readouterr().out
+    at, runs = -1, []
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure(Console(), jobs, options)
+
+
 def test_bars_tell_how_still_it_was(capsys):
     records = [record("a", still_batches=5), record("b", still_batches=9), record("c", still_batches=9)]
     records.append(record("c", "other", still_batches=4))

@@ -130,7 +130,8 @@ def chosen_jobs(options: argparse.Namespace) -> list:
 def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dict[str, Exception]]:
     """The records of all jobs, with a progress bar; and what went wrong with a job, so that the others are not lost.
 
-    Jobs that saw too little still weather are measured on in the next pass, minutes later.
+    Jobs that saw too little still weather are measured on in the next pass, minutes later. An interrupt (Ctrl-C) ends
+    the measuring, and what there is so far counts.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -161,6 +162,11 @@ def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dic
                 progress.remove_task(task)
                 ok = [job for job in chosen if job.name not in failed]
                 chosen = [job for job in ok if not found[job.name].is_still(settings.weather)]
+    except KeyboardInterrupt as interrupt:
+        if not found:
+            raise
+        console.print(f"interrupted after {len(found)} of {len(jobs)} cases, in pass {n + 1}")
+        failed |= {job.name: interrupt for job in jobs if job.name not in found}
     finally:
         torch.set_num_threads(before)
     return [record for job in jobs if job.name in found for record in found[job.name].records(settings.weather)], failed
