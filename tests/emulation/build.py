@@ -1,6 +1,7 @@
 """Compiles csrc/cuda for the host, against the emulation in this folder, into build/emulation; with ninja, so only what
 changed. The library registers the operators tformer_emulated::* for CPU tensors."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -64,9 +65,11 @@ def build() -> Path:
         objects.append(str(source.relative_to(ROOT)).replace("/", "_") + ".o")
         lines.append(f"build {objects[-1]}: compile {source}")
     lines.append(f"build {LIBRARY.name}: link {' '.join(objects)}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     command = [ninja, "-C", str(folder), *(["-j", jobs] if (jobs := os.environ.get("MAX_JOBS")) else [])]
-    result = subprocess.run(command, capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"the emulated kernels do not compile:\n{result.stdout[-4000:]}{result.stderr[-2000:]}")
     return LIBRARY
