@@ -164,9 +164,8 @@ def test_contenders_of_modules_do_the_same_job(form, mode):
     contenders_agree(made, 1e-3)
 
 
-def timing(weather, **batches):
-    """A timing of batches=[(seconds, seconds of the probe)]."""
-    (pairs,) = batches.values()
+def timing(weather, pairs):
+    """A timing of batches of (seconds, seconds of the probe)."""
     made = [harness.Batch(seconds, weather.add(1, probe)) for seconds, probe in pairs]
     return harness.Timing(made, calls=len(made))
 
@@ -174,12 +173,12 @@ def timing(weather, **batches):
 def test_batches_in_still_weather_count():
     still, busy = [(1.0, 10.0), (1.1, 11.0), (1.2, 10.5)], [(9.0, 12.0), (7.0, 20.0), (8.0, 13.0), (0.1, 30.0)]
     sky = weather.Weather()
-    few = timing(sky, batches=busy + still)
+    few = timing(sky, busy + still)
     assert few.still(sky) == 3
     assert few.seconds(sky) == [1.0, 1.1, 1.2, 8.0, 9.0]  # and the next stillest, up to 5: not by their own time
-    few.extend(timing(sky, batches=still[:2]))
+    few.extend(timing(sky, still[:2]))
     assert few.still(sky) == 5 and few.calls == 9 and few.seconds(sky) == [1.0, 1.0, 1.1, 1.1, 1.2]
-    assert timing(sky, batches=busy[:2]).seconds(sky) == [7.0, 9.0]
+    assert timing(sky, busy[:2]).seconds(sky) == [7.0, 9.0]
     on_gpu = harness.Timing([harness.Batch(2.0), harness.Batch(1.0)])
     assert on_gpu.seconds(sky) == [1.0, 2.0] and on_gpu.still(sky) == 2
 
@@ -213,7 +212,7 @@ def test_cases_that_met_a_busy_machine_are_measured_on():
             assert options.memory == (runs.count(self.case) == 1)
             probe = speeds[self.case][runs.count(self.case) - 1]
             batches = [(float(len(runs)), probe)] * harness.ENOUGH
-            timings = {name: timing(options.weather, batches=batches) for name in (OURS, "other")}
+            timings = {name: timing(options.weather, batches) for name in (OURS, "other")}
             return Measurement(self, 1, timings, {"other"}, ceilings.Ceilings("float32", 1, len(runs), 1.0, 1.0))
 
     floor = Floor(fma=12.0)
@@ -239,7 +238,7 @@ def test_an_interrupt_keeps_what_was_measured(at, kept, missing, capsys):
             runs.append(self.case)
             if len(runs) > at + 1:
                 raise KeyboardInterrupt
-            timings = {OURS: timing(options.weather, batches=[(1.0, 10.0 + len(runs))] * 2)}
+            timings = {OURS: timing(options.weather, [(1.0, 10.0 + len(runs))] * 2)}
             return Measurement(self, 1, timings, set(), None)
 
     jobs = [Fixed("attention", case, "float32", "forward", "", lambda options: []) for case in "abc"]

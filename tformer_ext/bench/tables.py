@@ -66,8 +66,8 @@ def print_bars(console: Console, bars: Iterable[Bar], records: list[Record]) -> 
     console.print(table)
     still = [_still(contenders) for contenders in by_case(records).values()]
     if restless := sum(count is not None and count < ENOUGH for count in still):
-        slower = f"below {100 * STILL:.0f} % of its usual best speed"
-        console.print(f"{restless} of {len(still)} cases: fewer than {ENOUGH} batches were not in a machine {slower}")
+        speed = f"{100 * STILL:.0f} % of the machine's usual best speed"
+        console.print(f"{restless} of {len(still)} cases have fewer than {ENOUGH} batches at {speed} (still)")
 
 
 def print_errors(console: Console, errors: Iterable[Errors]) -> None:

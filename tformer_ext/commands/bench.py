@@ -127,7 +127,7 @@ def chosen_jobs(options: argparse.Namespace) -> list:
     return [job for job in jobs if re.search(options.filter or "", job.name)]
 
 
-def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dict[str, Exception]]:
+def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dict[str, BaseException]]:
     """The records of all jobs, with a progress bar; and what went wrong with a job, so that the others are not lost.
 
     Jobs that saw too little still weather are measured on in the next pass, minutes later. An interrupt (Ctrl-C) ends

@@ -21,8 +21,8 @@ struct AttentionTilesBeside : AttentionRowTiles<T, P> {
   // Rows of scores that become weights at once; fewer where there are more products beside them.
   static constexpr int kRowsAtOnce = kSlices == 1 ? 2 : 1;
 
-  // A stretch whose weights are made while its values are still to be added to the sums of its row
-  // tile, or to be their last ones.
+  // A stretch whose weights are made, while its values are still to be added to the sums of its row tile: `last`, after
+  // which the sums are the tile's results.
   struct Waiting {
     int64_t rows = 0;  // of the tile; 0 if nothing is waiting
     Span stretch;

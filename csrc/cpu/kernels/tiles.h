@@ -53,8 +53,8 @@ TFORMER_INLINE void tile_multiply_add() {
 }
 #endif
 
-// The unit that multiplies tiles falls asleep about 1000 cycles after its last product, and the next one then waits 700
-// for it. What takes that long calls this every few hundred cycles, at places where no tile holds anything.
+// The unit that multiplies tiles falls asleep some 0.4 us after its last product, and the next one waits 0.3 us for it
+// (measured on Emerald Rapids). What takes that long calls this meanwhile, at places where no tile holds anything.
 template <class P>
 TFORMER_INLINE void keep_tiles_awake() {
 #if TFORMER_HAS_TILES
