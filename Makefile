@@ -57,7 +57,7 @@ sanitize: $(VENV)/test.stamp
 	cd build/sanitize && TFORMER_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  $(PYTEST) -m "not slow" $(addprefix --ignore tests/,test_build.py test_style.py test_readme.py test_bench.py test_demo.py test_examples.py) --ignore-glob "tests/test_distributed*" $(TEST_ARGS)
+	  $(PYTEST) -m "not slow" $(addprefix --ignore tests/,test_build.py test_style.py test_readme.py test_bench.py test_bench_weather.py test_demo.py test_examples.py) --ignore-glob "tests/test_distributed*" $(TEST_ARGS)
 
 # In a copy of the tree, as sanitize. The tests are those that could tell a difference without a GPU.
 CUDA_HOME ?= /usr/local/cuda

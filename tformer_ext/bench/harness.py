@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .weather import STILL, Probe, Weather
+from .weather import ENOUGH, STILL, Probe, Weather
 
 # A shorter batch would measure the clock; calls are repeated until one is this long.
 BATCH_SECONDS = 1e-3
 MOST_ROUNDS = 400
-ENOUGH = 5  # batches that a median is taken of where the machine was too busy for more
 GPU_HERTZ = 2.2e9  # no GPU's clock is much faster: torch.cuda._sleep counts its ticks
 
 
@@ -48,11 +47,17 @@ class Timing:
     calls: int = 0
     page_faults: int = 0
     extra_bytes: int | None = None
+    lasting: bool = False  # one call takes several budgets: it is a batch, and the only one of a pass
+
+    @property
+    def enough(self) -> int:
+        """Batches in still weather, from which on no more are wanted."""
+        return 1 if self.lasting else ENOUGH
 
     def seconds(self, weather: Weather) -> list[float]:
-        """Of the batches that count, in ascending order: those in still weather, the ENOUGH stillest ones at least."""
+        """Of the batches that count, ascending: those in still weather, the `enough` stillest ones at least."""
         speeds = [1.0 if batch.probe is None else weather.speed(batch.probe) for batch in self.batches]
-        least = min(STILL, sorted(speeds)[-ENOUGH:][0])
+        least = min(STILL, sorted(speeds)[-self.enough :][0])
         return sorted(batch.seconds for batch, speed in zip(self.batches, speeds, strict=True) if speed >= least)
 
     def still(self, weather: Weather) -> int:
@@ -126,7 +131,7 @@ def _plan(contender: Contender, options: Options) -> Plan:
         plan.head_start = 1.5 * _launch_seconds(contender)
     first = _timed(contender, 1, options, plan.head_start)
     if not contender.compiles and first.seconds > 4 * options.budget:
-        plan.timing.batches, plan.timing.calls = [first], 1
+        plan.timing = Timing([first], calls=1, lasting=True)
         return plan
     second = _timed(contender, 1, options, plan.head_start).seconds
     if second < BATCH_SECONDS:  # too short to judge by one call

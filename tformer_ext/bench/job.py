@@ -1,18 +1,19 @@
 """What a benchmark is made of: a job has contenders, a floor, and becomes one record per contender."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 
 from .ceilings import Ceilings, measure_ceilings, measure_gpu_ceilings
-from .harness import ENOUGH, Contender, Options, Timing, measure
+from .harness import Contender, Options, Timing, measure
 from .record import Record
 from .weather import Weather
 
 OURS = "ours"  # the first contender of every job
 COPY = "copy"  # a contender that only moves as many bytes as the floor of its job
+FAR = 3.0  # times ours: of a lasting peer so far behind one call tells enough
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -68,14 +69,14 @@ class Job:
     def name(self) -> str:
         return "/".join(self.key)
 
-    def measure(self, options: Options) -> "Measurement":
-        """Ceilings are measured right before, so that they meet the machine in the same state."""
+    def measure(self, options: Options, without: Collection[str] = ()) -> "Measurement":
+        """Ceilings are measured right before, so that they meet the machine in the same state. without: contenders."""
         ceilings = None
         if self.floor:
             dtype = DTYPES[self.dtype]
             on_gpu = options.device == "cuda"
             ceilings = measure_gpu_ceilings(dtype) if on_gpu else measure_ceilings(dtype, options.threads)
-        contenders = self.contenders(options)
+        contenders = [c for c in self.contenders(options) if c.name not in without]
         timings = measure(contenders, options)
         peers = {c.name for c in contenders if c.is_peer and c.name != OURS}
         return Measurement(self, options.threads, timings, peers, ceilings)
@@ -98,9 +99,15 @@ class Measurement:
         if self.ceilings:
             self.ceilings = self.ceilings.highest(later.ceilings)
 
+    def far_behind(self) -> set[str]:
+        """Contenders that are not measured on: one call may take longer than all that a case needs otherwise."""
+        ours = self.timings[OURS].batches[0].seconds
+        return {n for n, timing in self.timings.items() if timing.lasting and timing.batches[0].seconds > FAR * ours}
+
     def is_still(self, weather: Weather) -> bool:
-        """Whether enough batches of each contender were in still weather."""
-        return all(timing.still(weather) >= ENOUGH for timing in self.timings.values())
+        """Whether enough batches of each contender that is measured on were in still weather."""
+        far = self.far_behind()
+        return all(timing.still(weather) >= timing.enough for n, timing in self.timings.items() if n not in far)
 
     def records(self, weather: Weather) -> list[Record]:
         """One for each contender."""
@@ -128,6 +135,7 @@ class Measurement:
             page_faults=timing.page_faults / timing.calls,
             batches=len(timing.batches),
             still_batches=timing.still(weather),
+            enough_batches=timing.enough,
         )
         if job.floor:
             record.floor_us = 1e6 * job.floor.seconds(self.ceilings, medians.get(COPY))

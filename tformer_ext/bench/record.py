@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from .weather import ENOUGH
+
 
 @dataclass
 class Record:
@@ -28,11 +30,18 @@ class Record:
     page_faults: float | None = None  # minor ones, per call
     batches: int | None = None  # each of one or several calls
     still_batches: int | None = None  # of them, in still weather (weather.py): these count
+    enough_batches: int | None = None  # so many of these are wanted
 
     @property
     def key(self) -> tuple[str, str, str, str]:
         """Names the measured job."""
         return self.group, self.case, self.dtype, self.direction
+
+    @property
+    def is_restless(self) -> bool:
+        """Whether a busy machine left it too few batches that count."""
+        wanted = self.enough_batches if self.enough_batches is not None else ENOUGH
+        return self.still_batches is not None and self.still_batches < wanted
 
     def has(self, *tags: str) -> bool:
         return set(tags) <= set(self.tags.split())

@@ -7,10 +7,9 @@ from rich.table import Table
 
 from .accuracy import Errors
 from .bars import Bar
-from .harness import ENOUGH
 from .job import OURS
 from .record import Record, best_peer, by_case
-from .weather import STILL
+from .weather import ENOUGH, STILL
 
 
 def print_cases(console: Console, records: Iterable[Record]) -> None:
@@ -64,10 +63,11 @@ def print_bars(console: Console, bars: Iterable[Bar], records: list[Record]) -> 
         measured = "" if bar.measured is None else f"{bar.measured:.3g}"
         table.add_row(bar.name, bar.required, measured, f"[{colour}]{bar.verdict()}[/]", bar.detail)
     console.print(table)
-    still = [_still(contenders) for contenders in by_case(records).values()]
-    if restless := sum(count is not None and count < ENOUGH for count in still):
+    cases = by_case(records).values()
+    if restless := sum(any(r.is_restless for r in contenders.values()) for contenders in cases):
         speed = f"{100 * STILL:.0f} % of the machine's usual best speed"
-        console.print(f"{restless} of {len(still)} cases have fewer than {ENOUGH} batches at {speed} (still)")
+        few = f"fewer than {ENOUGH} batches (1 of long calls)"
+        console.print(f"{restless} of {len(cases)} cases have {few} at {speed} (still)")
 
 
 def print_errors(console: Console, errors: Iterable[Errors]) -> None:

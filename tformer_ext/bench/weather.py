@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-SIZE = 256  # a product of some 100 us, from the second-level cache
+SIZE = 192  # a product of some 100 us, from the second-level cache
 STILL = 0.9  # a moment counts as undisturbed from this share of the usual best speed on
+ENOUGH = 5  # batches that a median is taken of where the machine was too busy for more
 BEST = 0.01  # the share of a run's probes that are faster than its usual best: the very fastest one is an accident
 
 
@@ -27,8 +28,10 @@ class Weather:
         self._seconds: dict[int, list[float]] = {}  # of each number of threads, in ascending order
 
     def probe(self) -> Probe:
-        """With torch's present number of threads."""
+        """With torch's present number of threads. A first product, not timed, fetches what was pushed out of the caches
+        since the last probe: that takes as long again, and says nothing of other programs."""
         a, b, product = self._tensors
+        torch.mm(a, b, out=product)
         start = time.perf_counter()
         torch.mm(a, b, out=product)
         return self.add(torch.get_num_threads(), time.perf_counter() - start)

@@ -151,13 +151,15 @@ def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dic
                     progress.update(task, description=f"{job.name}{f', pass {n + 1}' if n else ''}")
                     torch.set_num_threads(options.threads)
                     try:
-                        measured = job.measure(settings)
+                        earlier = found.get(job.name)
+                        measured = job.measure(settings, earlier.far_behind() if earlier else ())
                     except Exception as error:
                         failed[job.name] = error
                     else:
-                        found.setdefault(job.name, measured)
-                        if found[job.name] is not measured:
-                            found[job.name].extend(measured)
+                        if earlier:
+                            earlier.extend(measured)
+                        else:
+                            found[job.name] = measured
                     progress.advance(task)
                 progress.remove_task(task)
                 ok = [job for job in chosen if job.name not in failed]
