@@ -10,16 +10,22 @@ from tformer_ext.reference.philox import keep_scale
 
 F = nn.functional
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
+HALVES = (torch.bfloat16, torch.float16)
 SHAPES = [((2, 3, 8), 5), ((130, 300), 400), ((1, 768), 768), ((3, 40, 1000), 530), ((0, 8), 5)]
 
 
-@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+@pytest.fixture(params=["onednn", "widened", "widened onednn", "torch"])
 def route(request, monkeypatch):
-    """Both routes, whatever this CPU would choose."""
-    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """All routes, whatever this CPU would choose."""
+    onednn, widened = "onednn" in request.param, "widened" in request.param
+    if onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch has no oneDNN")
-    dtypes = {torch.float32, torch.bfloat16} if request.param else set()
-    monkeypatch.setattr(ours, "_onednn_dtypes", lambda: dtypes)
+    choose(monkeypatch, {torch.float32, torch.bfloat16} if onednn else set(), set(HALVES) if widened else set())
+
+
+def choose(monkeypatch, onednn, widened):
+    monkeypatch.setattr(ours, "_onednn_dtypes", lambda: onednn)
+    monkeypatch.setattr(ours, "_widened_dtypes", lambda: widened)
 
 
 def running_sums(activation, grad, x, w, b=None):
@@ -40,7 +46,7 @@ def running_sums(activation, grad, x, w, b=None):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize(("shape", "out"), SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(shape, out, dtype, activation, bias, route):
@@ -87,6 +93,66 @@ def test_rows_need_not_be_contiguous(route):
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_a_weight_is_widened_in_pieces(monkeypatch):
+    choose(monkeypatch, set(), {torch.bfloat16})
+    x, w, b = (t.bfloat16() for t in (torch.randn(64, 300), torch.randn(301, 300), torch.randn(301)))
+    whole, sizes = ours.linear(x, w, b), []
+
+    def product(x, w, b):
+        sizes.append(w.numel())
+        return stock(x, w, b)
+
+    stock = F.linear
+    monkeypatch.setattr(F, "linear", product)
+    monkeypatch.setattr(ours, "_MOST_WIDENED", 30000)
+    torch.testing.assert_close(ours.linear(x, w, b), whole, rtol=0.01, atol=1e-3)
+    assert sizes == [30000, 30000, 30000, 300]
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_autocast_to_what_is_widened(activation, rows, monkeypatch):
+    choose(monkeypatch, set(), {torch.bfloat16})
+    tensors = torch.randn(rows, 300), torch.randn(301, 300) / 300**0.5, torch.randn(301)
+
+    def run(function, kind, inside):
+        leaves = [t.to(kind).requires_grad_() for t in tensors]
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            y = function(*leaves)
+            return y, *torch.autograd.grad(y.float().pow(2).sum() if inside else y.pow(2).sum(), leaves)
+
+    def stock(x, w, b):
+        return ACTIVATIONS[activation](F.linear(x, w, b))
+
+    actual = run(lambda *leaves: ours.linear(*leaves, activation), torch.float32, True)
+    golden, yardstick = run(stock, torch.float64, False), run(stock, torch.float32, True)
+    assert [a.dtype for a in actual] == [torch.bfloat16] + [torch.float32] * 3
+    for a, g, y in zip(actual, golden, yardstick, strict=True):  # ReLU: see test_linear
+        assert (a.double() - g).norm() <= 2 * (y.double() - g).norm() + 1e-3 * g.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ours._is_autocast_to_widened(tensors[0].double(), *tensors[1:])
+    with torch.autocast("cpu", torch.float16):
+        assert not ours._is_autocast_to_widened(*tensors)
+    assert not ours._is_autocast_to_widened(*tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+def test_module(dtype, route):
+    torch.manual_seed(1)
+    stock = nn.Linear(256, 300, dtype=dtype)
+    torch.manual_seed(1)
+    module = ours.Linear(256, 300, dtype=dtype)
+    assert isinstance(module, nn.Linear) and repr(module) == repr(stock) and ours.is_plain_linear(module)
+    module.load_state_dict(stock.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), stock.parameters(), strict=True))
+    x = torch.randn(5, 20, 256, dtype=dtype)
+    torch.testing.assert_close(module(x), stock(x))
+    with pytest.raises(RuntimeError):  # torch's own
+        module(x[..., :100])
+    module.register_forward_hook(lambda *_: None)
+    assert not ours.is_plain_linear(module)
+
+
 def test_results_may_be_modified_in_place(route):
     x, w = torch.randn(2, 70, 256, requires_grad=True), torch.randn(256, 256)
     y = ours.linear(x, w, None)
@@ -109,18 +175,20 @@ def test_only_some_gradients_and_gradients_of_gradients(route):
 
 def test_what_is_no_plain_call_goes_to_torch(monkeypatch):
     """Under autocast, tracing, transforms and for subclasses only torch knows what to do."""
-    monkeypatch.setattr(ours, "_onednn_dtypes", lambda: {torch.float32, torch.bfloat16})
+    choose(monkeypatch, {torch.float32, torch.bfloat16}, {torch.float16})
 
     class Tagged(torch.Tensor):
         pass
 
     x, w = torch.randn(256, 256), torch.randn(256, 256)
-    assert ours._is_for_onednn(x, w, None) == torch._C._get_mkldnn_enabled()
-    assert not ours._is_for_onednn(x.as_subclass(Tagged), w, None)
-    assert not ours._is_for_onednn(x, w.double(), None) and not ours._is_for_onednn(x, w[:, :9], None)
-    assert not ours._is_for_onednn(x[:2, :8], w[:, :8], None)
+    assert ours._is_taken(x, w, None) == torch._C._get_mkldnn_enabled()
+    assert not ours._is_taken(x.as_subclass(Tagged), w, None)
+    assert not ours._is_taken(x, w.double(), None) and not ours._is_taken(x, w[:, :9], None)
+    assert not ours._is_taken(x[:2, :8], w[:, :8], None)
+    assert ours._is_taken(x.half(), w.half(), None) and not ours._is_taken(x[:15].half(), w.half(), None)
     with torch.autocast("cpu", torch.bfloat16):
         assert ours.linear(x, w, None).dtype == torch.bfloat16
+        assert not ours._is_taken(x.half(), w.half(), None)
     mapped = torch.func.vmap(lambda t: ours.linear(t, w, None))(x.view(2, 128, 256))
     torch.testing.assert_close(mapped.view(256, 256), F.linear(x, w))
 

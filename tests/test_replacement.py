@@ -50,6 +50,8 @@ CLASSES = {
     "attention": tx.MultiheadAttention,
     "layer_norm": tx.ResidualLayerNorm,
     "rms_norm": tx.ResidualRMSNorm,
+    "encoder.layers.0.linear1": tx.Linear,
+    "head": tx.Linear,
 }
 
 
@@ -194,7 +196,7 @@ def test_filter():
     assert {row.name for row in report.swapped} == {"encoder.norm"} | {
         f"encoder.layers.{n}.norm{m}" for n in (0, 1) for m in (1, 2)
     } | {"encoder"}  # its use_nested_tensor
-    assert set(CLASSES) <= set(asked) and "head" not in asked and "group_norm" not in asked
+    assert set(CLASSES) <= set(asked) and "embedding" not in asked and "group_norm" not in asked
     assert type(model.encoder) is nn.TransformerEncoder and type(model.decoder.layers[0].norm1) is nn.LayerNorm
     assert {row.why for row in report.left} == {"filter_fn"}
 
@@ -207,12 +209,17 @@ def test_what_is_left_and_why():
     class FancyRMSNorm(nn.Module):
         pass
 
+    class OwnLinear(nn.Linear):
+        pass
+
     model = nn.ModuleDict({"own": OwnNorm(4), "fancy": FancyRMSNorm(), "set": nn.LayerNorm(4), "relu": nn.ReLU()})
+    model["linear"] = OwnLinear(4, 4)
     model["set"].forward = lambda x: x
     report = tx.replace_modules(model)
     assert not report.swapped
     why = {row.name: row.why for row in report.left}
     assert "subclass of torch.nn.LayerNorm" in why["own"] and "forward was set" in why["set"]
+    assert "subclass of torch.nn.Linear" in why["linear"]
     assert "no fused form" in why["fancy"] and "relu" not in why
 
 

@@ -16,6 +16,7 @@ from . import functional, memory, modules, reference
 from .explain import explain, explain_calls
 from .modules import (
     KeyValueCache,
+    Linear,
     MultiheadAttention,
     ResidualLayerNorm,
     ResidualRMSNorm,
@@ -32,6 +33,7 @@ __version__ = _C.build_info()["version"]
 
 __all__ = [
     "KeyValueCache",
+    "Linear",
     "MultiheadAttention",
     "ResidualLayerNorm",
     "ResidualRMSNorm",

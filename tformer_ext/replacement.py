@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import modules as ours
 
@@ -21,6 +22,7 @@ _OF_TORCH = {
     nn.TransformerDecoderLayer: (ours.TransformerDecoderLayer, {}),
     nn.TransformerDecoder: (ours.TransformerDecoder, {}),
     nn.Transformer: (ours.Transformer, {}),
+    nn.Linear: (ours.Linear, {}),
     nn.LayerNorm: (ours.ResidualLayerNorm, _RESIDUAL_OPTIONS),
     nn.RMSNorm: (ours.ResidualRMSNorm, _RESIDUAL_OPTIONS),
 }
@@ -89,9 +91,9 @@ class _Undo:
 def replace_modules(model, filter_fn=None):
     """Puts the fused modules in the place of all modules of a model that have one. Returns a Report.
 
-    Covered are torch.nn's MultiheadAttention, Transformer and its parts, LayerNorm and RMSNorm, the exact classes only,
-    and in transformers' models the attention (attn_implementation becomes "tformer_ext"), RMSNorms, and the residual
-    blocks of BERT, GPT and Llama and their relatives (tformer_ext.huggingface.blocks).
+    Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, LayerNorm and RMSNorm, the exact
+    classes only, and in transformers' models the attention (attn_implementation becomes "tformer_ext"), RMSNorms, and
+    the residual blocks of BERT, GPT and Llama and their relatives (tformer_ext.huggingface.blocks).
 
     Works in place: the objects, their parameters, buffers, hooks and flags stay the same, so that optimizers,
     state_dicts and tied weights stay valid. A second call finds nothing more to do. restore_modules undoes all of it.
@@ -213,6 +215,8 @@ def _why_unknown(module):
     cls = type(module)
     if cls in (kind for kind, _ in _OF_TORCH.values()) or cls.__module__ == f"{__package__}.huggingface.blocks":
         return "replaced already"
+    if cls is NonDynamicallyQuantizableLinear:  # MultiheadAttention's own, which is no call of its own in ours
+        return None
     for kind in _OF_TORCH:
         if isinstance(module, kind):
             return f"a subclass of torch.nn.{kind.__name__} may compute something else"

@@ -1,9 +1,12 @@
 """Linear layers and dropout of a Transformer layer, past what is slow in torch's own on a CPU.
 
 Linear: torch multiplies float32 with MKL, which stays well below oneDNN's speed on CPUs other than Intel's, and writes
-the bias first, then adds the product to it. oneDNN's linear takes bias and activation along.
+the bias first, then adds the product to it. oneDNN's linear takes bias and activation along. Where a CPU does not
+multiply a 16-bit dtype, torch's products of it take 3 to 8 times as long as float32 ones: there operands are widened,
+which is exact, and the float32 sums rounded once, as torch rounds its own.
 Dropout: torch draws its random numbers one after the other; those of the residual norm come from counters, in vectors.
-Everything that is no plain tensor on a CPU (subclasses, tracing, transforms, autocast, dispatch modes) goes to torch.
+Everything that is no plain tensor on a CPU (subclasses, tracing, transforms, dispatch modes) goes to torch, as does
+autocast to a dtype that the CPU multiplies.
 """
 
 import functools
@@ -13,24 +16,33 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .. import _C
 from ..arguments import DTYPES
 from ..ops.recording import call, needs_function
 from .residual_norm import is_plain
 
 _residual_norm = torch.ops.tformer_ext._residual_norm_forward.default
 _PLAIN = (torch.Tensor, nn.Parameter)
-
+_LEAST_MULTIPLY_ADDS = 1 << 19  # with fewer, all that follows would cost more than it saves
+_MOST_WIDENED = 1 << 22  # elements of the second operand that are in float32 at a time
 
 _ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "gelu": nn.functional.gelu}
 
 
 def linear(x, weight, bias, activation="none"):
     """activation(torch.nn.functional.linear(x, weight, bias)); activation "none", "relu" or (exact) "gelu"."""
-    if not _is_for_onednn(x, weight, bias):
+    # not compiled: what is asked about sizes would become guards of the graph
+    if torch.compiler.is_compiling() or x.numel() * len(weight) < _LEAST_MULTIPLY_ADDS:
+        return _ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
+    if _is_autocast_to_widened(x, weight, bias):
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            return linear(*(None if t is None else t.to(dtype) for t in (x, weight, bias)), activation)
+    if not _is_taken(x, weight, bias):
         return _ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     if not needs_function(x, weight, bias):
         return _product(x, weight, bias, activation)
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 and x.dtype not in _widened_dtypes():
         return _ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     # as rows: the operator returns a view of anything else, and a Function's views are not to be modified in place
     relu = activation == "relu"
@@ -38,9 +50,23 @@ def linear(x, weight, bias, activation="none"):
     return y if relu else _ACTIVATIONS[activation](y)
 
 
+class Linear(nn.Linear):
+    """torch.nn.Linear: same constructor, parameters, initial weights and forward, in any dtype and on any device.
+
+    On CPUs that do not multiply a 16-bit dtype its products of 16 rows or more are made in float32 and rounded once, as
+    torch's are, in a third of the time; there too under torch.autocast to that dtype. Float32 products are oneDNN's on
+    CPUs other than Intel's. All else is torch's own.
+
+    input: (..., in_features); returns (..., out_features) of the same dtype, or autocast's.
+    """
+
+    def forward(self, input):
+        return linear(input, self.weight, self.bias)
+
+
 def is_plain_linear(module):
     """Whether module does what torch.nn.Linear does and nothing else."""
-    return is_plain(module, nn.Linear) or is_plain(module, NonDynamicallyQuantizableLinear)
+    return any(is_plain(module, kind) for kind in (nn.Linear, Linear, NonDynamicallyQuantizableLinear))
 
 
 def call_linear(module, x):
@@ -49,14 +75,46 @@ def call_linear(module, x):
 
 
 def _product(x, weight, bias, activation="none"):
+    """activation(x weightT + bias), not recorded; activation as in `linear`."""
+    if x.dtype in _widened_dtypes():
+        return _ACTIVATIONS[activation](_widened_product(x, weight, bias))
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "none")
 
 
-def _is_for_onednn(x, weight, bias):
-    """Whether oneDNN takes these, and is faster: not for small products, which cost less than its call."""
-    if torch.compiler.is_compiling():
+def _widened_product(x, weight, bias):
+    """In float32, some rows of weight at a time."""
+    product = _product if torch.float32 in _onednn_dtypes() else nn.functional.linear
+    rows, x32 = max(1, _MOST_WIDENED // weight.shape[1]), x.float()
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    with torch.autocast("cpu", enabled=False):  # in which backward may be called
+        for n in range(0, len(weight), rows):
+            own = slice(n, n + rows)
+            y[..., own] = product(x32, weight[own].float(), None if bias is None else bias[own].float())
+    return y
+
+
+def _is_autocast_to_widened(x, weight, bias):
+    """Whether autocast would have torch multiply in a dtype that is faster widened."""
+    if not torch.is_autocast_enabled("cpu"):
         return False
-    if weight.numel() < 1 << 19 and x.numel() * weight.shape[0] < 1 << 23:
+    operands = [t for t in (x, weight, bias) if t is not None]
+    return torch.get_autocast_dtype("cpu") in _widened_dtypes() and all(
+        _is_plain_tensor(t) and t.dtype in DTYPES and t.dtype != torch.float64 for t in operands
+    )
+
+
+def _is_taken(x, weight, bias):
+    """Whether `_product` takes these, and is faster than torch."""
+    multiply_adds = x.numel() * weight.shape[0]
+    if x.dtype in _widened_dtypes():
+        # fewer rows than that do not pay for widening the weight
+        if multiply_adds < 1 << 22 or x.numel() < 16 * x.shape[-1]:
+            return False
+    elif (
+        (weight.numel() < 1 << 19 and multiply_adds < 1 << 23)  # which costs less than oneDNN's call
+        or x.dtype not in _onednn_dtypes()
+        or not torch._C._get_mkldnn_enabled()
+    ):
         return False
     return (
         _is_plain_tensor(x)
@@ -65,8 +123,6 @@ def _is_for_onednn(x, weight, bias):
         and (bias is None or (bias.dtype == x.dtype and _is_plain_tensor(bias)))
         and x.numel() > 0
         and x.shape[-1] == weight.shape[-1]
-        and x.dtype in _onednn_dtypes()
-        and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -93,8 +149,19 @@ def _onednn_dtypes():
     return dtypes
 
 
+@functools.cache
+def _widened_dtypes():
+    """The 16-bit dtypes that this CPU has no instructions for, where it multiplies float32 in vectors."""
+    isas = _C.supported_isas()
+    if "avx2" not in isas:
+        return frozenset()
+    has_float16 = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)()
+    multiplied = {torch.bfloat16: "avx512bf16" in isas, torch.float16: has_float16}
+    return frozenset(dtype for dtype, can in multiplied.items() if not can)
+
+
 class _Linear(torch.autograd.Function):
-    """Rows of x weightT + bias, or relu of them; gradients are oneDNN's products too, unless differentiated again."""
+    """Rows of x weightT + bias, or relu of them; so are the gradients' products, unless differentiated again."""
 
     @staticmethod
     def forward(x, weight, bias, relu):
@@ -115,8 +182,8 @@ class _Linear(torch.autograd.Function):
             grad_x = grad @ weight if torch.is_grad_enabled() else _product(grad, weight.t(), None)
         if wants_weight:
             # oneDNN wants the rows of its first operand in one piece: worth it where that copy is the smaller one
-            copies = not torch.is_grad_enabled() and grad.shape[1] <= x.shape[1]
-            grad_weight = _product(grad.t(), x.t(), None) if copies else grad.t() @ x
+            pays = x.dtype in _widened_dtypes() or grad.shape[1] <= x.shape[1]
+            grad_weight = _product(grad.t(), x.t(), None) if pays and not torch.is_grad_enabled() else grad.t() @ x
         return grad_x, grad_weight, grad.sum(0) if wants_bias else None, None
 
 
