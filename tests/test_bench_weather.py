@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import io
+import signal
 import time
 
 import pytest
@@ -117,16 +118,17 @@ def test_cases_that_met_a_busy_machine_are_measured_on():
     assert records[2].percent_of_fma == pytest.approx(100 * 12 / 6 / 6.0)  # the highest ceiling: the last one's
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("at", "kept", "missing"), [(1, "ab", "c"), (4, "abc", "")])
-def test_an_interrupt_keeps_what_was_measured(at, kept, missing, capsys):
-    runs = []
+def test_an_interrupt_keeps_what_was_measured(at, kept, missing, how, capsys):
+    runs, before = [], signal.getsignal(signal.SIGTERM)
 
     @dataclasses.dataclass(frozen=True)
     class Fixed(Job):
         def measure(self, options, without):
             runs.append(self.case)
             if len(runs) > at + 1:
-                raise KeyboardInterrupt
+                signal.raise_signal(how)
             timings = {OURS: timing(options.weather, [(1.0, 10.0 + len(runs))] * 2)}
             return Measurement(self, 1, timings, set(), None)
 
@@ -138,3 +140,4 @@ def test_an_interrupt_keeps_what_was_measured(at, kept, missing, capsys):
     at, runs = -1, []
     with pytest.raises(KeyboardInterrupt):
         bench.measure(Console(), jobs, options)
+    assert signal.getsignal(signal.SIGTERM) is before

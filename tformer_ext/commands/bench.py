@@ -6,7 +6,9 @@ Prints tables and the project's bars, writes a CSV file and plots.
 import argparse
 import importlib.util
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -130,8 +132,8 @@ def chosen_jobs(options: argparse.Namespace) -> list:
 def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dict[str, BaseException]]:
     """The records of all jobs, with a progress bar; and what went wrong with a job, so that the others are not lost.
 
-    Jobs that saw too little still weather are measured on in the next pass, minutes later. An interrupt (Ctrl-C) ends
-    the measuring, and what there is so far counts.
+    Jobs that saw too little still weather are measured on in the next pass, minutes later. An interrupt (Ctrl-C, or
+    SIGTERM, which a process in the background is not deaf to) ends the measuring, and what there is so far counts.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -140,6 +142,8 @@ def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dic
     before = torch.get_num_threads()
     settings = Options(threads=options.threads, budget=options.budget, compile=options.compile, device=options.device)
     found, failed = {}, {}
+    in_main = threading.current_thread() is threading.main_thread()  # no other one may set it
+    ended = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -171,4 +175,6 @@ def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dic
         failed |= {job.name: interrupt for job in jobs if job.name not in found}
     finally:
         torch.set_num_threads(before)
+        if in_main:
+            signal.signal(signal.SIGTERM, ended)
     return [record for job in jobs if job.name in found for record in found[job.name].records(settings.weather)], failed
