@@ -17,6 +17,7 @@ from hf_models import CLIP, DECODERS, ENCODERS, GROUPED, SEQ2SEQS, VISION, build
 import tformer_ext as tx  # noqa: E402
 from tformer_ext import functional as F  # noqa: E402
 from tformer_ext.huggingface import blocks  # noqa: E402
+from tformer_ext.modules import linear  # noqa: E402
 
 MODELS = {**ENCODERS, **DECODERS, **SEQ2SEQS}
 MODELS["GPTNeoX in series"] = (DECODERS["GPTNeoX"][0], {**DECODERS["GPTNeoX"][1], "use_parallel_residual": False})
@@ -126,7 +127,7 @@ def test_generation(name):
 def test_every_class_of_the_table_is_there():
     for known in blocks._FORM_OF:
         folder, _, name = known.partition(".")
-        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        module = importlib.import_module(blocks._module_of(folder))
         fused = blocks.fused_class(getattr(module, name))
         assert issubclass(fused, getattr(module, name)) and fused.__name__ == name
         assert pickle.loads(pickle.dumps(fused)) is fused
@@ -225,6 +226,26 @@ def test_dropout_of_a_block_has_its_distribution():
         tx.replace_modules(block)
     # 32000 elements: a standard deviation of 0.0024
     assert all(abs(share - 0.75) < 0.01 for share in shares)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transposed_linear(dtype, monkeypatch):
+    monkeypatch.setattr(linear, "_widened_dtypes", lambda: {torch.bfloat16})
+    model = nn.Sequential(transformers.pytorch_utils.Conv1D(300, 256)).to(dtype)
+    x = torch.randn(4, 20, 256, dtype=dtype, requires_grad=True)
+
+    def run():
+        y = model(x)
+        return y, *torch.autograd.grad(y, [x, *model.parameters()], torch.ones_like(y))
+
+    expected = run()
+    report = tx.replace_modules(model)
+    assert [(row.was, row.now) for row in report.swapped] == [("transformers Conv1D", "tformer_ext Conv1D")]
+    assert linear._is_taken(x, model[0].weight.t(), model[0].bias) == (dtype == torch.bfloat16)
+    torch.testing.assert_close(run(), expected)
+    assert type(pickle.loads(pickle.dumps(model))[0]) is type(model[0])
+    tx.restore_modules(model)
+    assert type(model[0]) is transformers.pytorch_utils.Conv1D
 
 
 def test_what_has_nothing_to_fuse_says_why():

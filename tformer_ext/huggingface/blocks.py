@@ -1,4 +1,4 @@
-"""Norms and residual blocks of transformers' models on the fused operations.
+"""Norms, residual blocks and linear layers of transformers' models on the fused operations.
 
 Each is a subclass that has nothing but a forward: an object of the stock class becomes one by its __class__ alone, so
 that parameters, hooks and flags stay what and where they are. It keeps the stock class's name, by which transformers
@@ -12,6 +12,7 @@ import torch
 
 from .. import functional as F
 from ..modules import residual_norm
+from ..modules.linear import linear
 from ..modules.residual_norm import is_plain
 
 
@@ -66,6 +67,13 @@ def add_norm(x, dropout, residual, norm, keep=False):
     if isinstance(norm, RMSNorm) and is_plain(norm, type(norm)):
         return norm.of_sum(x if dropout is None else dropout(x), residual, keep)
     return residual_norm.add_norm(x, dropout, residual, norm, keep)
+
+
+class TransposedLinear:
+    """x weight + bias, with a weight of (in, out): GPT-2's Conv1D."""
+
+    def forward(self, x):
+        return linear(x, self.weight.t(), self.bias)
 
 
 class Block:
@@ -198,8 +206,9 @@ def _dropout(layer):
     return torch.nn.Dropout(layer.dropout).train(layer.training)
 
 
-# form -> "folder.Class ..." of transformers.models
+# form -> "folder.Class ..." of transformers.models, or of a module beside it
 FORMS = {
+    TransposedLinear: "pytorch_utils.Conv1D",
     PostNormOutput: """
         bert.BertSelfOutput bert.BertOutput roberta.RobertaSelfOutput roberta.RobertaOutput
         xlm_roberta.XLMRobertaSelfOutput xlm_roberta.XLMRobertaOutput camembert.CamembertSelfOutput
@@ -237,15 +246,21 @@ _made = {}
 
 def fused_class(stock):
     """The fused subclass of a class of transformers, or None where none is known."""
-    parts = stock.__module__.split(".")
-    if parts[:2] != ["transformers", "models"] or parts[3:] != [f"modeling_{parts[2]}"]:
+    folder = stock.__module__.rpartition(".")[2].removeprefix("modeling_")
+    form = _FORM_OF.get(f"{folder}.{stock.__name__}")
+    if form is None or stock.__module__ != _module_of(folder):
         return None
-    form = _FORM_OF.get(f"{parts[2]}.{stock.__name__}")
-    if form is not None and stock not in _made:
+    if stock not in _made:
         body = {"__module__": __name__, "__qualname__": stock.__name__, "__doc__": form.__doc__}
         body["names"] = tuple(inspect.signature(stock.forward).parameters)[2:]
         _made[stock] = type(stock.__name__, (form, stock), body)
-    return _made.get(stock)
+    return _made[stock]
+
+
+def _module_of(folder):
+    """The name of the one that has its classes."""
+    beside = folder == "pytorch_utils"
+    return f"transformers.{folder}" if beside else f"transformers.models.{folder}.modeling_{folder}"
 
 
 def __getattr__(name):
@@ -253,6 +268,5 @@ def __getattr__(name):
     for known in _FORM_OF:
         folder, _, of_class = known.partition(".")
         if of_class == name:
-            module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-            return fused_class(getattr(module, name))
+            return fused_class(getattr(importlib.import_module(_module_of(folder)), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

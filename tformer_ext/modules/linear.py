@@ -24,7 +24,7 @@ from .residual_norm import is_plain
 _residual_norm = torch.ops.tformer_ext._residual_norm_forward.default
 _PLAIN = (torch.Tensor, nn.Parameter)
 _LEAST_MULTIPLY_ADDS = 1 << 19  # with fewer, all that follows would cost more than it saves
-_MOST_WIDENED = 1 << 22  # elements of the second operand that are in float32 at a time
+_MOST_WIDENED = 1 << 22  # elements of an operand that are in float32 at a time
 
 _ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "gelu": nn.functional.gelu}
 
@@ -82,15 +82,18 @@ def _product(x, weight, bias, activation="none"):
 
 
 def _widened_product(x, weight, bias):
-    """In float32, some rows of weight at a time."""
+    """In float32, some rows of each operand at a time."""
     product = _product if torch.float32 in _onednn_dtypes() else nn.functional.linear
-    rows, x32 = max(1, _MOST_WIDENED // weight.shape[1]), x.float()
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    step = max(1, _MOST_WIDENED // weight.shape[1])
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(len(rows), len(weight))
     with torch.autocast("cpu", enabled=False):  # in which backward may be called
-        for n in range(0, len(weight), rows):
-            own = slice(n, n + rows)
-            y[..., own] = product(x32, weight[own].float(), None if bias is None else bias[own].float())
-    return y
+        for m in range(0, len(rows), step):
+            some = rows[m : m + step].float()
+            for n in range(0, len(weight), step):
+                own = slice(n, n + step)
+                y[m : m + step, own] = product(some, weight[own].float(), None if bias is None else bias[own].float())
+    return y.view(*x.shape[:-1], -1)
 
 
 def _is_autocast_to_widened(x, weight, bias):
