@@ -189,6 +189,8 @@ def test_what_is_no_plain_call_goes_to_torch(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert ours.linear(x, w, None).dtype == torch.bfloat16
         assert not ours._is_taken(x.half(), w.half(), None)
+    traced = torch.jit.trace(ours.Linear(256, 256).half(), x.half(), check_trace=False)
+    assert [node.kind() for node in traced.graph.nodes()][-1] == "aten::linear" and len(traced(x[:99].half())) == 99
     mapped = torch.func.vmap(lambda t: ours.linear(t, w, None))(x.view(2, 128, 256))
     torch.testing.assert_close(mapped.view(256, 256), F.linear(x, w))
 

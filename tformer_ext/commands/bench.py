@@ -176,5 +176,5 @@ def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dic
     finally:
         torch.set_num_threads(before)
         if in_main:
-            signal.signal(signal.SIGTERM, ended)
+            signal.signal(signal.SIGTERM, ended or signal.SIG_DFL)
     return [record for job in jobs if job.name in found for record in found[job.name].records(settings.weather)], failed

@@ -31,8 +31,9 @@ _ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "gelu": nn.functional.
 
 def linear(x, weight, bias, activation="none"):
     """activation(torch.nn.functional.linear(x, weight, bias)); activation "none", "relu" or (exact) "gelu"."""
-    # not compiled: what is asked about sizes would become guards of the graph
-    if torch.compiler.is_compiling() or x.numel() * len(weight) < _LEAST_MULTIPLY_ADDS:
+    # not traced: what is asked about sizes, and follows from them, would be fixed in the graph or become its guards
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or x.numel() * len(weight) < _LEAST_MULTIPLY_ADDS:
         return _ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     if _is_autocast_to_widened(x, weight, bias):
         dtype = torch.get_autocast_dtype("cpu")
