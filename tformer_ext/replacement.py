@@ -93,7 +93,7 @@ def replace_modules(model, filter_fn=None):
 
     Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, LayerNorm and RMSNorm, the exact
     classes only, and in transformers' models the attention (attn_implementation becomes "tformer_ext"), RMSNorms, and
-    the residual blocks of BERT, GPT and Llama and their relatives (tformer_ext.huggingface.blocks).
+    the residual blocks of BERT, GPT and Llama and their relatives, and Conv1D (tformer_ext.huggingface.blocks).
 
     Works in place: the objects, their parameters, buffers, hooks and flags stay the same, so that optimizers,
     state_dicts and tied weights stay valid. A second call finds nothing more to do. restore_modules undoes all of it.

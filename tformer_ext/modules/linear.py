@@ -2,8 +2,8 @@
 
 Linear: torch multiplies float32 with MKL, which stays well below oneDNN's speed on CPUs other than Intel's, and writes
 the bias first, then adds the product to it. oneDNN's linear takes bias and activation along. Where a CPU does not
-multiply a 16-bit dtype, torch's products of it take 3 to 8 times as long as float32 ones: there operands are widened,
-which is exact, and the float32 sums rounded once, as torch rounds its own.
+multiply a 16-bit dtype, torch's products of it took 3 to 5 times as long as float32 ones (on a Cascade Lake): there
+operands are widened, which is exact, and the float32 sums rounded once, as torch rounds its own.
 Dropout: torch draws its random numbers one after the other; those of the residual norm come from counters, in vectors.
 Everything that is no plain tensor on a CPU (subclasses, tracing, transforms, dispatch modes) goes to torch, as does
 autocast to a dtype that the CPU multiplies.
@@ -33,7 +33,7 @@ def linear(x, weight, bias, activation="none"):
     """activation(torch.nn.functional.linear(x, weight, bias)); activation "none", "relu" or (exact) "gelu"."""
     # not traced: what is asked about sizes, and follows from them, would be fixed in the graph or become its guards
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or x.numel() * len(weight) < _LEAST_MULTIPLY_ADDS:
+    if traced or not _is_plain_tensor(x) or x.numel() * len(weight) < _LEAST_MULTIPLY_ADDS:
         return _ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     if _is_autocast_to_widened(x, weight, bias):
         dtype = torch.get_autocast_dtype("cpu")
@@ -54,9 +54,9 @@ def linear(x, weight, bias, activation="none"):
 class Linear(nn.Linear):
     """torch.nn.Linear: same constructor, parameters, initial weights and forward, in any dtype and on any device.
 
-    On CPUs that do not multiply a 16-bit dtype its products of 16 rows or more are made in float32 and rounded once, as
-    torch's are, in a third of the time; there too under torch.autocast to that dtype. Float32 products are oneDNN's on
-    CPUs other than Intel's. All else is torch's own.
+    On x86-64 CPUs that do not multiply a 16-bit dtype its products of 16 rows or more are made in float32 and rounded
+    once, as torch's are; there too under torch.autocast to that dtype. Float32 products are oneDNN's on AMD's CPUs. All
+    else is torch's own.
 
     input: (..., in_features); returns (..., out_features) of the same dtype, or autocast's.
     """
@@ -98,34 +98,36 @@ def _widened_product(x, weight, bias):
 
 
 def _is_autocast_to_widened(x, weight, bias):
-    """Whether autocast would have torch multiply in a dtype that is faster widened."""
-    if not torch.is_autocast_enabled("cpu"):
+    """Whether autocast would have torch multiply in a dtype that is faster widened. Otherwise the casts are autocast's
+    own, which keeps those of weights."""
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") not in _widened_dtypes():
         return False
     operands = [t for t in (x, weight, bias) if t is not None]
-    return torch.get_autocast_dtype("cpu") in _widened_dtypes() and all(
+    return _pays_widening(x, weight) and all(
         _is_plain_tensor(t) and t.dtype in DTYPES and t.dtype != torch.float64 for t in operands
     )
 
 
+def _pays_widening(x, weight):
+    """Few rows do not pay for widening the weight."""
+    return x.numel() * len(weight) >= 1 << 22 and x.numel() >= 16 * x.shape[-1]
+
+
 def _is_taken(x, weight, bias):
-    """Whether `_product` takes these, and is faster than torch."""
-    multiply_adds = x.numel() * weight.shape[0]
+    """Whether `_product` takes these, of which x is a plain tensor, and is faster than torch."""
     if x.dtype in _widened_dtypes():
-        # fewer rows than that do not pay for widening the weight
-        if multiply_adds < 1 << 22 or x.numel() < 16 * x.shape[-1]:
+        if not _pays_widening(x, weight):
             return False
     elif (
-        (weight.numel() < 1 << 19 and multiply_adds < 1 << 23)  # which costs less than oneDNN's call
+        (weight.numel() < 1 << 19 and x.numel() * len(weight) < 1 << 23)  # which costs less than oneDNN's call
         or x.dtype not in _onednn_dtypes()
         or not torch._C._get_mkldnn_enabled()
     ):
         return False
     return (
-        _is_plain_tensor(x)
-        and _is_plain_tensor(weight)
+        _is_plain_tensor(weight)
         and x.dtype == weight.dtype
         and (bias is None or (bias.dtype == x.dtype and _is_plain_tensor(bias)))
-        and x.numel() > 0
         and x.shape[-1] == weight.shape[-1]
         and not torch.is_autocast_enabled("cpu")
     )
