@@ -8,7 +8,6 @@ import importlib.util
 import re
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import torch
@@ -142,8 +141,7 @@ def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dic
     before = torch.get_num_threads()
     settings = Options(threads=options.threads, budget=options.budget, compile=options.compile, device=options.device)
     found, failed = {}, {}
-    in_main = threading.current_thread() is threading.main_thread()  # no other one may set it
-    ended = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -175,6 +173,5 @@ def measure(console, jobs: list, options: argparse.Namespace) -> tuple[list, dic
         failed |= {job.name: interrupt for job in jobs if job.name not in found}
     finally:
         torch.set_num_threads(before)
-        if in_main:
-            signal.signal(signal.SIGTERM, ended or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, on_sigterm)
     return [record for job in jobs if job.name in found for record in found[job.name].records(settings.weather)], failed
