@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tformer_ext import _C
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc/cuda/hopper"
 NVCC = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda", "bin", "nvcc")
@@ -26,6 +28,8 @@ SCORES = {64: 128, 128: 64, 256: 32}  # queries of a warpgroup
 REGISTERS = {("forward", 64, NONE): (32, 160)}  # else (24, 240)
 
 pytestmark = [
+    # they compile what such a build compiles: minutes that `make test` need not spend as well
+    pytest.mark.skipif(not _C.build_info()["cuda"], reason="needs a build with CUDA kernels: make cuda"),
     pytest.mark.skipif(not NVCC.is_file(), reason="needs nvcc: set CUDA_HOME"),
     pytest.mark.skipif(not SOURCES.is_dir(), reason="needs the source tree"),
 ]

@@ -13,6 +13,15 @@ HEADERS = {"narrow": "hopper/attention_backward.h", "wide": "hopper/attention_ba
 SHARED = "hopper/attention_backward_work.h"
 KERNEL = "hopper/attention_backward_bf16.cu"
 CASES = {"narrow": ("several tiles", "causal 64"), "wide": ("wide several tiles", "wide several tiles causal")}
+# Only the kernels of these cases are compiled: plain ones of their widths.
+LAUNCH = "hopper/attention_backward_launch.h"
+ONLY_THESE = {
+    width: [
+        ("constexpr int kWidth = decltype(width)::value;", f"constexpr int kWidth = {expression};"),
+        ("constexpr HopperExtra kExtra = decltype(extra)::value;", "constexpr HopperExtra kExtra = HopperExtra::none;"),
+    ]
+    for width, expression in (("narrow", "decltype(width)::value == 64 ? 64 : 128"), ("wide", "256"))
+}
 FAULTS = {
     "queries are not waited for": [("      mbarrier_wait(&at.q_handover[buffer].full, phase_of(n));\n", "")],
     "do is not waited for": [("      mbarrier_wait(&at.grad_o_handover[buffer].full, phase_of(n));\n", "")],
@@ -108,7 +117,7 @@ def run_changed(folder, width, changes):
 
     shared = (ROOT / "csrc/cuda" / SHARED).read_text()
     header = SHARED if changes and all(old in shared for old, _ in changes) else HEADERS[width]
-    library = build.build_changed(folder, header, changes, KERNEL)
+    library = build.build_changed(folder, {LAUNCH: ONLY_THESE[width], header: changes}, KERNEL)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, str(library), *CASES[width]]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

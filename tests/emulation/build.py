@@ -75,18 +75,19 @@ def build() -> Path:
     return LIBRARY
 
 
-def build_changed(folder: Path, file: str, changes: list[tuple[str, str]], kernel: str) -> Path:
-    """The library with changes (old, new) in a header of csrc/cuda and one kernel file compiled with it, in folder."""
+def build_changed(folder: Path, changes: dict[str, list[tuple[str, str]]], kernel: str) -> Path:
+    """The library with changes (old, new) in headers of csrc/cuda and one kernel file compiled with them, in folder."""
     build()
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    header, target = folder / "csrc/cuda" / file, folder / "emulated.so"
-    for old, new in changes:
-        text = header.read_text()
-        assert text.count(old) == 1, f"{old!r} is not there once"
-        header.write_text(text.replace(old, new))
+    for name, replacements in changes.items():
+        header = folder / "csrc/cuda" / name
+        for old, new in replacements:
+            text = header.read_text()
+            assert text.count(old) == 1, f"{old!r} is not there once"
+            header.write_text(text.replace(old, new))
     includes = [f"-I{folder / 'csrc/cuda'}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     compiler = cpp_extension.get_cxx_compiler().split()
-    changed = folder / "changed.o"
+    changed, target = folder / "changed.o", folder / "emulated.so"
     source = folder / "csrc/cuda" / kernel
     commands = [[*compiler, *FLAGS[:-1], *host_flags(), *includes, "-x", "c++", "-c", source, "-o", changed]]
     name = f"csrc_cuda_{kernel.replace('/', '_')}.o"
