@@ -22,6 +22,9 @@ STABLE_TORCH_LIBRARY(TFORMER_NAMESPACE, m) {
       "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None, int causal=0, int window_left=-1, "
       "int window_right=-1, float? scale=None, float softcap=0., float dropout_p=0.) -> (Tensor out, Tensor lse)");
+  // out alone of a call without options: an inference step keeps nothing, and operands that are left out and a second
+  // result take longer than a tiny kernel.
+  m.def("_attention_inference(Tensor query, Tensor key, Tensor value, int causal=0) -> Tensor");
   // On CUDA: why _attention_forward and _attention_backward do not take the kernels for sm_90a, a HopperRefusal each;
   // 0: they take them, backward if grad_out and out have rows at multiples of 16 bytes and no expanded dimension.
   m.def(

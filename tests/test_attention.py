@@ -88,6 +88,22 @@ def test_output_keeps_the_memory_order_of_query(layout):
     assert out.permute(*order, 3).is_contiguous() and lse.is_contiguous()
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 5, 70), (1, 4, 1, 1500), (0, 2, 3, 3)], ids=str)  # the second one in parts
+@pytest.mark.parametrize(
+    "options", [(), ("causal",), ("mask",), ("bias", "causal"), ("scale",), ("mask", "bias", "scale")], ids="-".join
+)
+def test_the_short_way_of_plain_calls_gives_the_same_bits(sizes, options, attention_kernels_emulated_too):
+    """A call with few options skips the checks, and one without options and gradient the statistics too."""
+    B, H, L, S = sizes
+    q, k, v = (torch.randn(B, H, n, 16) for n in (L, S, S))
+    have = {"causal": "lower_right", "mask": torch.rand(L, S) > 0.3, "bias": torch.randn(H, L, S), "scale": 0.3}
+    keywords = {name: have[name] for name in options}
+    expected = F.attention(q, k, v, return_lse=True, **keywords)[0]
+    poison(((B, H, L, 16), torch.float32))
+    assert torch.equal(F.attention(q, k, v, **keywords), expected)
+    assert torch.equal(F.attention(q.requires_grad_(), k, v, **keywords), expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 2, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_empty(shape, sinks, attention_kernels_emulated_too):

@@ -218,6 +218,7 @@ def test_cuda_build_registers_its_operators():
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in (
         "_attention_forward",
+        "_attention_inference",
         "_attention_refusals",
         "_residual_norm_forward",
         "_residual_norm_inference",

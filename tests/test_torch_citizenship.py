@@ -32,6 +32,7 @@ def test_opcheck_attention(dtype, extras):
     numbers = (1, 4, -1, 0.3, 2.0, 0.2 if extras else 0.0)
     arguments = (q, k, v, *operands, *numbers)
     opcheck(OPS._attention_forward.default, arguments)
+    opcheck(OPS._attention_inference.default, (q, k, v, 1))
     out, lse = OPS._attention_forward(*arguments)
     back = (out, lse, q, k, v, out, lse, *operands, extras, *numbers)
     opcheck(OPS._attention_backward.default, back)

@@ -104,6 +104,13 @@ def check_qkv(query, key, value):
         raise ValueError(f"query: expected the number of heads to be a multiple of key's {key.shape[1]}, got {Hq}")
 
 
+def broadcasts(shape, full):
+    """Whether a tensor of this shape broadcasts to `full`."""
+    return len(shape) <= len(full) and all(
+        a == b or a == 1 for a, b in zip(reversed(shape), reversed(full), strict=False)
+    )
+
+
 def score_operand(name, t, full):
     """bias or mask as 4-D, each dimension 1 or that of `full` = (B, Hq, Sq, Sk)."""
     if t is None:
@@ -115,11 +122,16 @@ def score_operand(name, t, full):
         )
     if name == "bias" and t.dtype not in DTYPES:
         raise TypeError(f"bias: expected a floating dtype, got {t.dtype}; a bool mask goes to mask=")
-    if t.dim() > 4 or any(a != b and a != 1 for a, b in zip(reversed(t.shape), reversed(full), strict=False)):
+    if not broadcasts(t.shape, full):
         raise ValueError(
             f"{name}: expected a shape that broadcasts to (B, Hq, Sq, Sk) = {tuple(full)}, got {_shape(t)}"
         )
-    return t[(None,) * (4 - t.dim())] if t.dim() < 4 else t
+    return in_four_dimensions(t)
+
+
+def in_four_dimensions(t):
+    """t with leading dimensions of size 1; None as it is."""
+    return t if t is None or t.dim() >= 4 else t[(None,) * (4 - t.dim())]
 
 
 def causal_code(causal):

@@ -26,11 +26,6 @@ def _autocast(*tensors):
     return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in eligible else t for t in tensors)
 
 
-def _plain_call():
-    """Whether tensors go to the operator as they are: no autocast, and no tracing, whose errors should be ours."""
-    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling())
-
-
 def attention(
     query,
     key,
@@ -85,13 +80,11 @@ def attention(
     Ainslie et al. 2023 (grouped queries); Press et al. 2022 (ALiBi); Xiao et al. 2024 (sinks); Gemma 2 (softcap).
     """
     if (
-        bias is mask is window is alibi_slopes is sinks is key_lengths is scale is dropout_seed is None
+        window is alibi_slopes is sinks is key_lengths is dropout_seed is None
         and return_lse is False
-        and (causal is False or causal is True)
         and softcap == dropout_p == 0.0
-        and _plain_call()
     ):
-        out = _attention.plain_attention(query, key, value, causal)
+        out = _attention.plain_attention(query, key, value, bias, mask, causal, scale)
         if out is not None:
             return out
     query, key, value = _autocast(query, key, value)
@@ -213,6 +206,12 @@ def scaled_dot_product_attention(
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
         if t.dim() < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions (..., L, E), got {tuple(t.shape)}")
+    options = {"scale": scale, "dropout_p": dropout_p, "causal": bool(is_causal)}
+    if query.dim() == key.dim() == value.dim() == 4:
+        B, Hq, L, _ = query.shape
+        if B == key.shape[0] == value.shape[0] and (enable_gqa or Hq == key.shape[1] == value.shape[1]):
+            options |= _mask_option(attn_mask, (B, Hq, L, key.shape[2]))
+            return attention(query, key, value, **options)
     heads = [t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value)]
     if not enable_gqa and any(h != heads[0] and h != 1 and heads[0] != 1 for h in heads):
         raise ValueError(
@@ -230,22 +229,23 @@ def scaled_dot_product_attention(
         return t.reshape(-1, *t.shape[-3:]) if len(lead) != 1 else t
 
     q, k, v = (fold(t, h) for t, h in zip((query, key, value), heads, strict=True))
-    options = {"scale": scale, "dropout_p": dropout_p, "causal": bool(is_causal)}
-    if attn_mask is not None:
-        full = (*lead, heads[0], query.shape[-2], key.shape[-2])
-        try:
-            torch.broadcast_shapes(attn_mask.shape, full)
-        except RuntimeError:
-            raise ValueError(
-                f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(attn_mask.shape)}"
-            ) from None
-        if attn_mask.dim() > 3 and len(lead) != 1:
+    for name, t in _mask_option(attn_mask, (*lead, heads[0], query.shape[-2], key.shape[-2])).items():
+        if t.dim() > 3 and len(lead) != 1:
             # only the leading dimensions have to be folded; what is broadcast inside stays broadcast
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).reshape(-1, *attn_mask.shape[-3:])
-        options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+            t = t.expand(*lead, *t.shape[-3:]).reshape(-1, *t.shape[-3:])
+        options[name] = t
     out = attention(q, k, v, **options)
     shape = (*lead, heads[0]) if query.dim() > 2 or key.dim() > 2 or value.dim() > 2 else ()
     return out if len(lead) == 1 else out.reshape(*shape, query.shape[-2], value.shape[-1])
+
+
+def _mask_option(attn_mask, full):
+    """attn_mask, which has to broadcast to `full`, as an option of `attention`."""
+    if attn_mask is None:
+        return {}
+    if not check.broadcasts(attn_mask.shape, full):
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(attn_mask.shape)}")
+    return {"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask}
 
 
 def residual_layer_norm(
@@ -305,10 +305,10 @@ def residual_rms_norm(
 
 
 def _residual_norm(x, residual, weight, bias, rms, eps, dropout_p, seed, return_residual, residual_dtype):
-    if dropout_p == 0.0 and seed is residual_dtype is None and return_residual is False and _plain_call():
-        y = _norm.plain_norm(x, residual, weight, bias, eps, rms)
-        if y is not None:
-            return y
+    if dropout_p == 0.0 and seed is residual_dtype is None:
+        out = _norm.plain_norm(x, residual, weight, bias, eps, rms, return_residual)
+        if out is not None:
+            return out
     if isinstance(x, torch.Tensor) and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         x = x.float()  # as torch's norms do there
     dims, sum_dtype = check.check_norm(x, residual, weight, bias, residual_dtype)

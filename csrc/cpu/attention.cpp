@@ -1,5 +1,6 @@
 // Attention on the CPU: tensors to parameters, work to tasks, kernels of the ISA in force over the tasks.
 #include <cmath>
+#include <memory>
 #include <tuple>
 
 #include "../host/attention_arguments.h"
@@ -210,20 +211,7 @@ Work backward_work(const AttentionParams& p, bool bias_has_rows) {
   return work;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
-                                             OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                             OptionalTensor key_lengths, OptionalTensor cu_seqlens_q,
-                                             OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed, int64_t causal,
-                                             int64_t window_left, int64_t window_right, std::optional<double> scale,
-                                             double softcap, double dropout_p) {
-  AttentionParams p =
-      attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
-  set_options(p, query, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
-  Tensor out = empty_in_order_of(query, {query.size(0), p.Hq, query.size(2), p.Dv});
-  Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
-  p.o = rows_of(out, p.cu_seqlens_q);
-  set_lse(p, lse);
-
+void run_forward(AttentionParams& p, const Tensor& query) {
   const CpuKernels& kernels = cpu_kernels();
   p.part_keys = keys_of_part(p);
   p.split = splits_products(p, false);
@@ -244,7 +232,36 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
     const AttentionTask all{0, p.B, 0, p.Hq, 0, p.Sq, 0, p.Sk, false, false, false};
     kernels.attention_merge(p, all, ThreadScratch::get(kernels.attention_forward_scratch(p, all)));
   }
+}
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
+                                             OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                             OptionalTensor key_lengths, OptionalTensor cu_seqlens_q,
+                                             OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed, int64_t causal,
+                                             int64_t window_left, int64_t window_right, std::optional<double> scale,
+                                             double softcap, double dropout_p) {
+  AttentionParams p =
+      attention_params(query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k);
+  set_options(p, query, dropout_seed, causal, window_left, window_right, scale, softcap, dropout_p);
+  Tensor out = empty_in_order_of(query, {query.size(0), p.Hq, query.size(2), p.Dv});
+  Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
+  p.o = rows_of(out, p.cu_seqlens_q);
+  set_lse(p, lse.mutable_data_ptr());
+  run_forward(p, query);
   return {out, lse};
+}
+
+Tensor attention_inference(Tensor query, Tensor key, Tensor value, int64_t causal) {
+  constexpr std::nullopt_t kNone = std::nullopt;
+  AttentionParams p = attention_params(query, key, value, kNone, kNone, kNone, kNone, kNone, kNone, kNone);
+  set_options(p, query, kNone, causal, -1, -1, kNone, 0, 0);
+  Tensor out = empty_in_order_of(query, {p.B, p.Hq, p.Sq, p.Dv});
+  const std::unique_ptr<char[]> lse(
+      new char[static_cast<size_t>(p.B * p.Hq * p.Sq) * element_bytes(accumulator_type(p.dtype))]);
+  p.o = rows_of(out, nullptr);
+  set_lse(p, lse.get());
+  run_forward(p, query);
+  return out;
 }
 
 // (batch, head) sums in order, in double.
@@ -333,7 +350,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   check(lse.is_contiguous(), "lse: expected a contiguous tensor");
   p.o = rows_of(out, p.cu_seqlens_q);
   p.grad_o = rows_of(grad_out, p.cu_seqlens_q);
-  set_lse(p, lse);
+  set_lse(p, const_cast<void*>(lse.const_data_ptr()));
   if (grad_lse.has_value()) {
     check_like(*grad_lse, "grad_lse", {query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype));
     check(grad_lse->is_contiguous(), "grad_lse: expected a contiguous tensor");
@@ -370,5 +387,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(tformer_ext, CPU, m) {
   m.impl("_attention_forward", TORCH_BOX(&tformer::attention_forward));
+  m.impl("_attention_inference", TORCH_BOX(&tformer::attention_inference));
   m.impl("_attention_backward", TORCH_BOX(&tformer::attention_backward));
 }

@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   Tensor out = empty_in_order_of(query, {query.size(0), p.Hq, query.size(2), p.Dv});
   Tensor lse = empty({query.size(0), p.Hq, query.size(2)}, accumulator_type(p.dtype), query);
   p.o = rows_of(out, p.cu_seqlens_q);
-  set_lse(p, lse);
+  set_lse(p, lse.mutable_data_ptr());
   AttentionCall launched = forward_launch(call);
   if (hopper_forward_refusal(launched, on.device()) == HopperRefusal::none) {
     check_launch(launch_hopper_forward(launched, query, on), "attention forward for sm_90a");
@@ -145,6 +145,12 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   launched.p = p;
   check_launch(launch_attention_merge(launched, on.stream()), "attention merge");
   return {out, lse};
+}
+
+Tensor attention_inference(Tensor query, Tensor key, Tensor value, int64_t causal) {
+  constexpr std::nullopt_t kNone = std::nullopt;
+  return std::get<0>(attention_forward(query, key, value, kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone,
+                                       causal, -1, -1, kNone, 0, 0));
 }
 
 // A HopperRefusal for each direction; nothing is computed.
@@ -255,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_gradients(p, query, grad_out, out, lse, grad_lse);
   p.o = rows_of(out, p.cu_seqlens_q);
   p.grad_o = rows_of(grad_out, p.cu_seqlens_q);
-  set_lse(p, lse);
+  set_lse(p, const_cast<void*>(lse.const_data_ptr()));
   p.grad_lse = grad_lse.has_value() ? grad_lse->const_data_ptr() : nullptr;
   Tensor grad_query = empty_in_order_of(query, {query.size(0), p.Hq, query.size(2), p.D});
   Tensor grad_key = empty_in_order_of(key, {key.size(0), p.Hk, key.size(2), p.D});
@@ -288,6 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(TFORMER_NAMESPACE, TFORMER_CUDA_KEY, m) {
   m.impl("_attention_forward", TORCH_BOX(&tformer::attention_forward));
+  m.impl("_attention_inference", TORCH_BOX(&tformer::attention_inference));
   m.impl("_attention_refusals", TORCH_BOX(&tformer::attention_refusals));
   m.impl("_attention_backward", TORCH_BOX(&tformer::attention_backward));
 }

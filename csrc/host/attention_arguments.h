@@ -123,8 +123,8 @@ inline void set_options(AttentionParams& p, const Tensor& query, const OptionalT
 }
 
 // lse is contiguous: (B, Hq, Sq), packed (1, Hq, total).
-inline void set_lse(AttentionParams& p, const Tensor& lse) {
-  p.lse = const_cast<void*>(lse.const_data_ptr());
+inline void set_lse(AttentionParams& p, void* lse) {
+  p.lse = lse;
   p.lse_stride[0] = p.cu_seqlens_q ? 0 : p.Hq * p.Sq;
   p.lse_stride[1] = p.Sq;
 }

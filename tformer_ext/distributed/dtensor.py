@@ -142,6 +142,10 @@ def _attention_forward(cut, t):
     return [Shard(cut)] * 2, _attention_inputs(cut, t)
 
 
+def _attention_inference(cut, t):
+    return [Shard(cut)], {}
+
+
 def _attention_backward(cut, t):
     inputs = _attention_inputs(cut, t)
     grad_bias = grad_sinks = Replicate()  # of those not wanted, which are empty
@@ -199,7 +203,7 @@ def _register(op, rule, rows, forward):
         if not is_attention:
             cuts = range(actual.ndim - 1)
         else:
-            cuts = (0, 1) if t.cu_seqlens_q is None else (1,)  # packed sequences have no batch
+            cuts = (1,) if getattr(t, "cu_seqlens_q", None) is not None else (0, 1)  # packed sequences have no batch
         options = [[Replicate()] * (outputs + len(tensors))]
         for cut in cuts:
             results, inputs = rule(cut, t)
@@ -221,6 +225,7 @@ def _register(op, rule, rows, forward):
 
 _ops = torch.ops.tformer_ext
 _register(_ops._attention_forward, _attention_forward, rows="query", forward=True)
+_register(_ops._attention_inference, _attention_inference, rows="query", forward=True)
 _register(_ops._attention_backward, _attention_backward, rows="query", forward=False)
 _register(_ops._residual_norm_forward, _norm_forward, rows="x", forward=True)
 _register(_ops._residual_norm_inference, _norm_inference, rows="x", forward=True)

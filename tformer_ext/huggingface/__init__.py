@@ -84,8 +84,8 @@ def attention_forward(
         options["bias"] = options["bias"][..., :S]
     out = F.attention(
         query,
-        key[:, :, :S],
-        value[:, :, :S],
+        key if key.shape[2] == S else key[:, :, :S],
+        value if value.shape[2] == S else value[:, :, :S],
         sinks=s_aux,
         scale=scaling,
         softcap=0.0 if softcap is None else float(softcap),

@@ -33,7 +33,7 @@ def linear(x, weight, bias, activation="none"):
     """activation(torch.nn.functional.linear(x, weight, bias)); activation "none", "relu" or (exact) "gelu"."""
     # not traced: what is asked about sizes, and follows from them, would be fixed in the graph or become its guards
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or not _is_plain_tensor(x) or x.numel() * len(weight) < _LEAST_MULTIPLY_ADDS:
+    if traced or type(x) not in _PLAIN or x.numel() * weight.shape[0] < _LEAST_MULTIPLY_ADDS or not _is_plain_tensor(x):
         return _ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     if _is_autocast_to_widened(x, weight, bias):
         dtype = torch.get_autocast_dtype("cpu")
@@ -67,7 +67,8 @@ class Linear(nn.Linear):
 
 def is_plain_linear(module):
     """Whether module does what torch.nn.Linear does and nothing else."""
-    return any(is_plain(module, kind) for kind in (nn.Linear, Linear, NonDynamicallyQuantizableLinear))
+    kind = type(module)
+    return kind in (nn.Linear, Linear, NonDynamicallyQuantizableLinear) and is_plain(module, kind)
 
 
 def call_linear(module, x):

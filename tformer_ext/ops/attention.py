@@ -9,10 +9,21 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..arguments import check_qkv
-from .recording import call_backward, eager_apply, is_dtensor, is_eager, needs_function
+from ..arguments import CAUSAL, check_qkv, in_four_dimensions
+from .recording import (
+    by_short_way,
+    call_backward,
+    eager_apply,
+    is_dtensor,
+    is_eager,
+    is_grad_enabled,
+    is_plain,
+    needs_function,
+    require_grad,
+)
 
 _forward = torch.ops.tformer_ext._attention_forward.default
+_inference = by_short_way(torch.ops.tformer_ext._attention_inference.default)
 _backward = torch.ops.tformer_ext._attention_backward.default
 
 # What may be left out of the operands of an eager call, from the right.
@@ -37,18 +48,30 @@ def attention(want_lse, *operands):
     return outputs if want_lse else (outputs, None)
 
 
-def plain_attention(query, key, value, causal):
-    """out of an eager call without options but causal, a bool, or None where the operator does not take the operands.
+def plain_attention(query, key, value, bias, mask, causal, scale):
+    """out of a plain call (`is_plain`) with these options only, or None where the operator does not take them.
 
-    The arguments of the operator are most of what a tiny call takes, so there are few of them, and they have not been
-    checked: the operator refuses what it cannot read, and the caller then finds out what was wrong with it.
+    Checks are most of what a tiny call takes, so the operands have not been checked: the operator refuses what it
+    cannot read, and the caller then finds out what was wrong with it.
     """
-    operands = (query, key, value, *_NO_TENSORS, 1) if causal else (query, key, value)
+    if not is_plain():
+        return None
     try:
-        if not needs_function(query, key, value):
-            return _forward(*operands)[0]
-        return _eager_attention(False, *operands) if is_eager() and not is_dtensor(query) else None
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+        recorded = is_grad_enabled() and require_grad(query, key, value, bias)
+        code = CAUSAL[causal]
+        if bias is mask is scale is None:
+            if not recorded:
+                return _inference(query, key, value, code) if code else _inference(query, key, value)
+            operands = (query, key, value, *_NO_TENSORS, code) if code else (query, key, value)
+        elif scale is None or type(scale) is float:
+            tensors = (query, key, value, in_four_dimensions(bias), in_four_dimensions(mask), *_NO_TENSORS[2:])
+            operands = (*tensors, code, -1, -1, scale)
+        else:
+            return None
+        if is_dtensor(query):
+            return None
+        return _eager_attention(False, *operands) if recorded else _forward(*operands)[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
         return None
 
 
@@ -68,6 +91,12 @@ def _(query, key, value, *_):
     B, Hq, Sq, _D = query.shape
     out = empty_in_order_of(query, (B, Hq, Sq, value.shape[3]))
     return out, query.new_empty((B, Hq, Sq), dtype=_accumulator_dtype(query.dtype))
+
+
+@torch.library.register_fake("tformer_ext::_attention_inference")
+def _(query, key, value, causal=0):
+    check_qkv(query, key, value)
+    return empty_in_order_of(query, (*query.shape[:3], value.shape[3]))
 
 
 @torch.library.register_fake("tformer_ext::_attention_backward")

@@ -13,18 +13,39 @@ def is_dtensor(t):
     return tensor is not None and isinstance(t, tensor.DTensor)
 
 
+# Looked up once: a tiny call takes as long as a few dozen attributes of modules.
+is_grad_enabled = torch.is_grad_enabled
+_transform = torch._C._functorch.peek_interpreter_stack
+_is_autocast = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+
+
+def require_grad(*tensors):
+    """Whether one of the tensors (or None) requires a gradient; autograd records that where it is enabled."""
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
 def needs_function(*tensors):
     """True if autograd records one of the tensors (or None), or a transform of torch.func is at work."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return (is_grad_enabled() and require_grad(*tensors)) or _transform() is not None
 
 
 def is_eager():
     """Whether operands go to a Function as they are: nothing traces the call, no transform of torch.func wraps it."""
-    return torch._C._functorch.peek_interpreter_stack() is None and not torch.compiler.is_compiling()
+    return _transform() is None and not _is_compiling()
+
+
+def is_plain():
+    """Whether tensors go to an operator as they are: eager, and without autocast."""
+    return not (_is_compiling() or _is_autocast()) and _transform() is None
+
+
+def by_short_way(op):
+    """The operator without the Python frame of its overload, which does nothing but call it."""
+    return getattr(op, "_op", op)
 
 
 def eager_apply(function):

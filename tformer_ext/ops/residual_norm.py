@@ -7,10 +7,20 @@ from ..arguments import check_norm
 from ..reference import norm_dropout_mask
 from ..reference.philox import keep_scale
 from ..reference.residual_norm import normalize
-from .recording import call_backward, eager_apply, is_dtensor, is_eager, needs_function
+from .recording import (
+    by_short_way,
+    call_backward,
+    eager_apply,
+    is_dtensor,
+    is_eager,
+    is_grad_enabled,
+    is_plain,
+    needs_function,
+    require_grad,
+)
 
 _forward = torch.ops.tformer_ext._residual_norm_forward.default
-_inference = torch.ops.tformer_ext._residual_norm_inference.default
+_inference = by_short_way(torch.ops.tformer_ext._residual_norm_inference.default)
 _backward = torch.ops.tformer_ext._residual_norm_backward.default
 
 
@@ -31,16 +41,21 @@ def residual_norm(x, residual, weight, bias, seed, eps, dropout_p, rms, want_sum
     return y, total if want_sum else None
 
 
-def plain_norm(x, residual, weight, bias, eps, rms):
-    """y of an eager call without dropout, or None; as plain_attention."""
+def plain_norm(x, residual, weight, bias, eps, rms, want_sum):
+    """y of a plain call without dropout, or (y, sum), or None; as plain_attention."""
+    if not is_plain():
+        return None
     try:
         if residual is not None and residual.shape != x.shape:  # the operator looks at rows only
             return None
-        if not needs_function(x, residual, weight, bias):
+        recorded = is_grad_enabled() and require_grad(x, residual, weight, bias)
+        if not recorded and not want_sum:
             return _inference(x, residual, weight, bias, eps, rms)
-        if not is_eager() or is_dtensor(x) or not (residual is None or residual.dtype == x.dtype):
+        if is_dtensor(x) or not (residual is None or residual.dtype == x.dtype):
             return None
-        return _eager_norm(x, residual, weight, bias, None, eps, 0.0, rms, residual is not None, None)[0]
+        operands = (x, residual, weight, bias, None, eps, 0.0, rms, want_sum or residual is not None, None)
+        y, total, *_ = _eager_norm(*operands) if recorded else _forward(*operands)
+        return (y, total) if want_sum else y
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
 
