@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import tformer_ext as tx
 from tformer_ext import functional as F
@@ -48,6 +49,23 @@ def test_opcheck_norm(dropout_p, rms):
     y, total, mean, rstd = OPS._residual_norm_forward(*arguments)
     back = (y, y, total, mean, rstd, weight, SEED, dropout_p, rms, torch.float32, torch.float32, torch.float32)
     opcheck(OPS._residual_norm_backward.default, back)
+
+
+def test_flops_are_counted_as_those_of_torch():
+    q, k, v = (torch.randn(2, H, S, D, requires_grad=True) for H, S, D in ((4, 6, 8), (2, 10, 8), (2, 10, 12)))
+    multiply_adds = 2 * 4 * 6 * 10
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        F.attention(q, k, v)
+        F.attention(q, k, v, causal=True, scale=0.1)
+    assert forward.get_total_flops() == 2 * 2 * multiply_adds * (8 + 12)
+    with FlopCounterMode(display=False) as both:
+        F.attention(q, k, v).sum().backward()
+    assert both.get_total_flops() == 2 * multiply_adds * (2 * 8 + 2 * 12 + 2 * 8 + 12)
+    packed = [torch.randn(7, 4, 8, requires_grad=True) for _ in range(3)]
+    lengths = torch.tensor([0, 3, 7], dtype=torch.int32)
+    with FlopCounterMode(display=False) as of_packed:
+        F.attention_varlen(*packed, lengths, lengths).sum().backward()
+    assert of_packed.get_total_flops() == 2 * 4 * (3 * 3 + 4 * 4) * 7 * 8
 
 
 def block(q, k, v, residual, weight, bias):
