@@ -187,6 +187,20 @@ def test_subnormal_bfloat16(isa, width):
     assert torch.equal(y, (signs.float() * weight).bfloat16())
 
 
+@pytest.mark.parametrize("width", [64, 100, 160])  # blocks of 64 columns alone, and with a rest
+def test_bfloat16_is_rounded_as_torch_does(isa, width):
+    """Ties to even, the largest to infinity, and what is no number beside them."""
+    x = torch.randn(40, width).bfloat16().float() * 2.0 ** torch.randint(-100, 100, (40, width))
+    ulp = (x.view(torch.int32) & 0x7F800000).view(torch.float32) / 2**7
+    rest = ulp * torch.tensor([0.5, 0.5, 0.25, 0.75, -0.5])[torch.randint(5, (40, width))]
+    x[1::4, 7], rest[1::4, 7] = torch.finfo(torch.bfloat16).max, 2.0**119  # the tie between it and the next power of 2
+    x[2::4, 33], x[3::4, 60], x[3::4, 63] = torch.nan, -torch.inf, torch.inf
+    expected = (x + rest).bfloat16()
+    _, h = F.residual_layer_norm(x.bfloat16(), rest.bfloat16(), return_residual=True)
+    assert torch.equal(h.isnan(), expected.isnan()) and torch.equal(h[~h.isnan()], expected[~h.isnan()])
+    assert h[1::4, 7].isinf().all() and h[2::4, 33].isnan().all() and h.isnan().sum() == 10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1024, 1000])  # whole cache lines in each row, and not
 def test_results_larger_than_the_caches(isa, dtype, width):

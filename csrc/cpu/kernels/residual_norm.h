@@ -5,6 +5,7 @@
 #include "../../params.h"
 #include "dropout.h"
 #include "scratch.h"
+#include "vec_bf16_pairs.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
