@@ -20,6 +20,8 @@ def _shape(t):
 def _tensor(name, value):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
 
 
 def _number(name, value):

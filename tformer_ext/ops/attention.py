@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..arguments import CAUSAL, check_qkv, in_four_dimensions
+from ..arguments import CAUSAL, check_qkv, in_four_dimensions, same_device
 from .recording import (
     by_short_way,
     call_backward,
@@ -86,8 +86,11 @@ def empty_in_order_of(like, sizes):
 
 
 @torch.library.register_fake("tformer_ext::_attention_forward")
-def _(query, key, value, *_):
+def _(query, key, value, bias=None, mask=None, *_):
     check_qkv(query, key, value)
+    for name, t in (("bias", bias), ("mask", mask)):
+        if t is not None:
+            same_device(name, t, query.device)
     B, Hq, Sq, _D = query.shape
     out = empty_in_order_of(query, (B, Hq, Sq, value.shape[3]))
     return out, query.new_empty((B, Hq, Sq), dtype=_accumulator_dtype(query.dtype))
