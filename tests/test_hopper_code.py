@@ -1,5 +1,6 @@
 """What the compiler makes of the kernels for sm_90a: facts that decide their speed and that need no GPU to be seen."""
 
+import fcntl
 import functools
 import os
 import re
@@ -46,16 +47,22 @@ def of(direction):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """compiled(direction, dtype): (object file, what nvcc said)"""
+    """compiled(direction, dtype): (object file, what nvcc said); once for all processes that run tests"""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
     @functools.cache
     def run(direction, dtype):
         name = f"attention_{direction}_{dtype}"
-        target = tmp_path_factory.mktemp("hopper") / f"{name}.o"
+        target, said = folder / f"{name}.o", folder / f"{name}.txt"
         command = [NVCC, *FLAGS, f"-I{ROOT / 'csrc/cuda'}", SOURCES / f"{name}.cu", "-o", target]
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return target, result.stdout + result.stderr
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not said.exists():
+                result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+                assert result.returncode == 0, result.stderr
+                said.write_text(result.stdout + result.stderr)
+        return target, said.read_text()
 
     return run
 
