@@ -17,7 +17,7 @@ from .recording import (
     is_dtensor,
     is_eager,
     is_grad_enabled,
-    is_plain,
+    is_plain_call,
     needs_function,
     require_grad,
 )
@@ -49,12 +49,12 @@ def attention(want_lse, *operands):
 
 
 def plain_attention(query, key, value, bias, mask, causal, scale):
-    """out of a plain call (`is_plain`) with these options only, or None where the operator does not take them.
+    """out of a plain call (`is_plain_call`) with these options only, or None where the operator does not take them.
 
     Checks are most of what a tiny call takes, so the operands have not been checked: the operator refuses what it
     cannot read, and the caller then finds out what was wrong with it.
     """
-    if not is_plain():
+    if not is_plain_call():
         return None
     try:
         recorded = is_grad_enabled() and require_grad(query, key, value, bias)

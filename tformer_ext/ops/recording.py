@@ -38,7 +38,7 @@ def is_eager():
     return _transform() is None and not _is_compiling()
 
 
-def is_plain():
+def is_plain_call():
     """Whether tensors go to an operator as they are: eager, and without autocast."""
     return not (_is_compiling() or _is_autocast()) and _transform() is None
 

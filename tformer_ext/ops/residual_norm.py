@@ -14,7 +14,7 @@ from .recording import (
     is_dtensor,
     is_eager,
     is_grad_enabled,
-    is_plain,
+    is_plain_call,
     needs_function,
     require_grad,
 )
@@ -43,7 +43,7 @@ def residual_norm(x, residual, weight, bias, seed, eps, dropout_p, rms, want_sum
 
 def plain_norm(x, residual, weight, bias, eps, rms, want_sum):
     """y of a plain call without dropout, or (y, sum), or None; as plain_attention."""
-    if not is_plain():
+    if not is_plain_call():
         return None
     try:
         if residual is not None and residual.shape != x.shape:  # the operator looks at rows only
