@@ -109,7 +109,7 @@ def test_order_does_not_show(case, backward):
     """Of blocks and how many run at a time, of warps and lanes, of when copies read and land."""
     expected = bits(case, torch.bfloat16)
     assert backward.boxes() > 0
-    for seed in range(1, 13):
+    for seed in range(1, 9):
         backward.set_seed(seed)
         backward.set_poison(nan=seed % 2 == 0)  # a NaN could be repaired
         for n, (a, b) in enumerate(zip(bits(case, torch.bfloat16), expected, strict=True)):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hopper_wrappers import chain
 
 import tformer_ext as tx
 from tformer_ext import _C, reference
@@ -247,6 +248,9 @@ def test_wrappers_on_hardware(wrappers):
     same("numbers", x, None, torch.zeros(12, len(x)), n=len(x), blocks=len(x) // 64, rtol=1e-6)
     source = torch.arange(272, dtype=torch.int16).to(torch.uint8)
     same("partial_copies", source, None, torch.zeros(272, dtype=torch.uint8), shared_bytes=512)
+    zeros, sums = chain()
+    same("turns", None, None, zeros, blocks=12, shared_bytes=16)
+    assert torch.equal(zeros, sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

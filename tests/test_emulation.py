@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from hopper_wrappers import chain
 
 
 @pytest.fixture
@@ -102,6 +103,25 @@ def test_race_shows(run, emulation):
             found.add(tuple(out.tolist()))
     assert len(results[0]) > 1
     assert results[1] == {tuple((n + 32) % 64 for n in range(64))}
+
+
+def sums_in_turns(run, emulation, fault):
+    """Whether they were as expected, for each of some orders."""
+    zeros, expected = chain()
+    for seed in range(20):
+        emulation.set_seed(seed)
+        out = zeros.clone()
+        assert run("turns", None, None, out, n=fault, blocks=12, shared_bytes=16) is None
+        yield torch.equal(out, expected)
+
+
+def test_blocks_take_turns(run, emulation):
+    assert all(sums_in_turns(run, emulation, 0))
+
+
+@pytest.mark.parametrize("fault", [1, 2])
+def test_blocks_out_of_turn_show(fault, run, emulation):
+    assert not all(sums_in_turns(run, emulation, fault))
 
 
 @pytest.mark.parametrize(

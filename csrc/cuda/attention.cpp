@@ -75,8 +75,8 @@ gpu::Status launch_hopper_forward(const AttentionCall& call, [[maybe_unused]] co
 #ifdef TFORMER_HOPPER
   const AttentionParams& p = call.p;
   const int multiprocessors = on.device().multiprocessors;
-  const int64_t tiles = (call.packed ? 1 : p.B) * p.Hq *
-                        hopper_query_tiles(call, hopper_forward_queries(std::max(p.D, p.Dv), hopper_extra(p)));
+  const int64_t tiles =
+      (call.packed ? 1 : p.B) * p.Hq * query_tiles(call, hopper_forward_queries(std::max(p.D, p.Dv), hopper_extra(p)));
   // Equal tiles are dealt out beforehand, and so is one for each multiprocessor.
   std::optional<Tensor> ticket;
   if (tiles > multiprocessors && (p.causal != kNotCausal || p.key_lengths || call.packed)) {
@@ -107,6 +107,16 @@ void launch_backward(const AttentionCall& call, [[maybe_unused]] const Tensor& q
     return;
   }
 #endif
+  if (goes_in_one_pass(call, on.device().shared_bytes)) {
+    const int64_t tiles = one_pass_tiles(call);
+    Tensor sums = empty({tiles, kOnePassQueries, one_pass_width(call)}, ScalarType::Float, query);
+    Tensor turns = empty({tiles + 1}, ScalarType::Int, query);
+    torch::stable::zero_(turns);
+    auto* words = static_cast<int32_t*>(turns.mutable_data_ptr());
+    const OnePassCall one_pass{call, static_cast<float*>(sums.mutable_data_ptr()), words, words + tiles};
+    check_launch(launch_attention_one_pass(one_pass, on.device().shared_bytes, on.stream()), "attention backward");
+    return;
+  }
   check_launch(launch_attention_dkv(call, on.stream()), "attention backward, dk and dv");
   check_launch(launch_attention_dq(call, on.stream()), "attention backward, dq");
 }

@@ -197,6 +197,11 @@ gpu::Status launch_attention_forward(const AttentionCall& call, gpu::Stream stre
                         [&](auto t) { return gpu::launch_forward<typename decltype(t)::type>(call, stream); });
 }
 
+gpu::Status launch_attention_one_pass(const OnePassCall& call, size_t shared_bytes, gpu::Stream stream) {
+  return call.call.p.dtype == DType::bf16 ? gpu::launch_one_pass<gpu::bf16>(call, shared_bytes, stream)
+                                          : gpu::launch_one_pass<gpu::f16>(call, shared_bytes, stream);
+}
+
 gpu::Status launch_attention_dkv(const AttentionCall& call, gpu::Stream stream) {
   return gpu::for_dtype(call.p.dtype,
                         [&](auto t) { return gpu::launch_dkv<typename decltype(t)::type>(call, stream); });

@@ -1,7 +1,10 @@
 // Gradients of attention_forward.h from the saved log-sum-exp (Dao et al. 2022, section 3.1 and appendix B):
 //   p = exp(score - lse), dv = pT do, dp = do vT, ds = p (dp - delta), dq = scale ds k, dk = scale dsT q.
-// Two kernels, so that every sum has one block and one order: dk and dv by tiles of keys, dq by tiles of queries.
+// 16-bit elements: one pass over tiles of keys, attention_dqkv.h. Else two, so that every sum has one block and one
+// order: dk and dv by tiles of keys, attention_dkv.h, and dq by tiles of queries, attention_dq.h.
 #pragma once
+
+#include <type_traits>
 
 #include "attention_dropout.h"
 #include "attention_launch.h"
@@ -58,6 +61,77 @@ struct KeptScale {
   TFORMER_DEVICE explicit KeptScale(const AttentionParams& p)
       : scale(static_cast<R>(p.dropout_p > 0 ? dropout_scale(p.dropout_p) : 1)), dropout(p.dropout_p > 0) {}
 };
+
+// Transposed scores, a warp's keys by queries: keys from row0 on, queries from i0 on, whose lse, as weights take it,
+// and delta lie one after the other. Products s become weights, dp ds. Plain: a mask by keys and positions say what is
+// seen.
+template <class P, class T, int kLaneRows, int kC>
+TFORMER_DEVICE void differentiate_keys(const Scores<T, true>& scores, int key_length, int row0, int i0,
+                                       const Real<T>* lse, const Real<T>* delta, Real<T> (&s)[kLaneRows][kC],
+                                       Real<T> (&dp)[kLaneRows][kC]) {
+  using R = Real<T>;
+  if (scores.p.mask.data) {
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      const int j = row0 + P::row(r);
+      if (j >= key_length || scores.shows_key(j)) continue;
+#pragma unroll
+      for (int c = 0; c < kC; ++c) s[r][c] = -kInfinity<R>;
+    }
+  }
+  const auto for_pairs = [&](auto some) {  // only some of them are visible
+    constexpr bool kSome = decltype(some)::value;
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      const int n = P::column(c), i = i0 + n;
+      const R lse_of = lse[n], delta_of = delta[n];
+      const int begin = kSome ? scores.range.begin(i) - row0 : 0;
+      const int end = kSome && i < scores.Sq ? scores.range.end(i) - row0 : 0;
+#pragma unroll
+      for (int r = 0; r < kLaneRows; ++r) {
+        const int j = P::row(r);
+        const bool visible = !kSome || (j >= begin && j < end);
+        const auto g = differentiate(scores, s[r][c], dp[r][c], lse_of, delta_of, visible);
+        s[r][c] = g.p, dp[r][c] = g.ds;
+      }
+    }
+  };
+  if (scores.all_visible(i0, i0 + 4 * kC, row0, row0 + 8 * kLaneRows)) {
+    for_pairs(std::false_type{});
+  } else {
+    for_pairs(std::true_type{});
+  }
+}
+// Whatever scores may have. kept(n, j): of query i0 + n and key j, as differentiate wants it. dbias(r, i, j, x) takes
+// the bias's gradient of each pair that is visible by position, in the lane's row r.
+template <class P, class T, int kLaneRows, int kC, class Kept, class Dbias>
+TFORMER_DEVICE void differentiate_keys(const Scores<T, false>& scores, int row0, int i0, const Real<T>* lse,
+                                       const Real<T>* delta, Real<T> (&s)[kLaneRows][kC], Real<T> (&dp)[kLaneRows][kC],
+                                       Kept&& kept, Dbias&& dbias) {
+  using R = Real<T>;
+  const bool all_visible = scores.all_visible(i0, i0 + 4 * kC, row0, row0 + 8 * kLaneRows);
+  scores.for_operands([&](auto operands) {
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      const int n = P::column(c), i = i0 + n;
+      const R lse_of = lse[n], delta_of = delta[n];
+      int begin = 0, end = 8 * kLaneRows;
+      if (!all_visible) {
+        begin = scores.range.begin(i) - row0;
+        end = i < scores.Sq ? scores.range.end(i) - row0 : 0;
+      }
+#pragma unroll
+      for (int r = 0; r < kLaneRows; ++r) {
+        const int j = P::row(r);
+        const bool visible = j >= begin && j < end;
+        const auto g = differentiate<decltype(operands)::kSet>(scores, s[r][c], dp[r][c], lse_of, delta_of,
+                                                               kept(n, row0 + j), visible, i, row0 + j);
+        s[r][c] = g.p, dp[r][c] = g.ds;
+        if (visible) dbias(r, i, row0 + j, g.dbias);
+      }
+    }
+  });
+}
 
 // Which of a warp's rows hold something that is not finite, a bit each.
 template <class P, class R, int kLaneRows, int kO>

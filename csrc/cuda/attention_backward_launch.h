@@ -4,8 +4,52 @@
 #include "attention_dispatch.h"
 #include "attention_dkv.h"
 #include "attention_dq.h"
+#include "attention_dqkv.h"
 
 namespace tformer::gpu {
+
+template <class T, int kWidth, int kKeys, bool kPlain>
+Status launch_one_pass_kernels(OnePassCall call, Stream stream) {
+  using Kernel = AttentionGradients<T, kWidth, kKeys, kPlain>;
+  const AttentionParams& p = call.call.p;
+  call.call.grid = grid_of(call.call, kKeys, p.Sk, p.Hk, p.Sq * p.Hq / p.Hk);
+  const Status status = launch<Kernel>({call.call.grid.blocks()}, Kernel::kSharedBytes, stream, call);
+  if (status != kSuccess) return status;
+  using QueryKernel = QueryGradientsOfSums<T, kWidth, typename Kernel::Sums, OnePassCall>;
+  call.call.grid = grid_of(call.call, kOnePassQueries, p.Sq, p.Hq, 0);
+  return launch<QueryKernel>({call.call.grid.blocks()}, QueryKernel::kSharedBytes, stream, call);
+}
+
+// Tiles of 128 keys; of 64 above width 128, and above 64 where a block has not the shared memory (sm_86, sm_89,
+// sm_120).
+template <class T>
+Status launch_one_pass(const OnePassCall& call, size_t shared_bytes, Stream stream) {
+  const auto with = [&](auto kind) {
+    constexpr bool kPlain = decltype(kind)::value;
+    if (one_pass_width(call.call) == 64) return launch_one_pass_kernels<T, 64, 128, kPlain>(call, stream);
+    if (one_pass_width(call.call) == 256) {
+      static_assert(AttentionGradients<T, 256, 64, kPlain>::kSharedBytes <= kOnePassWideBytes);
+      return launch_one_pass_kernels<T, 256, 64, kPlain>(call, stream);
+    }
+    if (shared_bytes >= AttentionGradients<T, 128, 128, kPlain>::kSharedBytes) {
+      return launch_one_pass_kernels<T, 128, 128, kPlain>(call, stream);
+    }
+    return launch_one_pass_kernels<T, 128, 64, kPlain>(call, stream);
+  };
+  return is_plain(call.call) ? with(Plain<true>{}) : with(Plain<false>{});
+}
+
+// As for_kernel, for what does not go in one pass: of 16-bit calls up to width 128 only those that sum a bias's
+// gradient, none of which is plain.
+template <class T, class F>
+Status for_two_pass_kernel(const AttentionCall& call, F&& f) {
+  return for_width(call, [&](auto width) {
+    if constexpr (sizeof(T) == 2 && decltype(width)::value > 128) {
+      if (is_plain(call)) return f(width, Plain<true>{});
+    }
+    return f(width, Plain<false>{});
+  });
+}
 
 template <class Kernel>
 Status launch_dkv_kernel(AttentionCall call, Stream stream) {
@@ -16,7 +60,7 @@ Status launch_dkv_kernel(AttentionCall call, Stream stream) {
 
 template <class T>
 Status launch_dkv(const AttentionCall& call, Stream stream) {
-  return for_kernel<T>(call, [&](auto width, auto plain) {
+  return for_two_pass_kernel<T>(call, [&](auto width, auto plain) {
     constexpr int kWidth = decltype(width)::value;
     constexpr bool kPlain = decltype(plain)::value;
     if constexpr (kWidth > 128) {
@@ -31,7 +75,7 @@ Status launch_dkv(const AttentionCall& call, Stream stream) {
 
 template <class T>
 Status launch_dq(const AttentionCall& given, Stream stream) {
-  return for_kernel<T>(given, [&](auto width, auto plain) {
+  return for_two_pass_kernel<T>(given, [&](auto width, auto plain) {
     using Kernel = AttentionQueryGradients<T, decltype(width)::value, decltype(plain)::value>;
     AttentionCall call = given;
     const AttentionParams& p = call.p;

@@ -11,6 +11,8 @@ namespace tformer::gpu {
 template <class T>
 Status launch_forward(const AttentionCall& call, Stream stream);
 template <class T>
+Status launch_one_pass(const OnePassCall& call, size_t shared_bytes, Stream stream);
+template <class T>
 Status launch_dkv(const AttentionCall& call, Stream stream);
 template <class T>
 Status launch_dq(const AttentionCall& call, Stream stream);
@@ -41,16 +43,19 @@ Status for_width(const AttentionCall& call, F&& f) {
   return f(Width<256>{});
 }
 
-// f(Width, true or false type): 16-bit elements have a kernel for plain calls without dropout.
+// 16-bit elements have kernels of their own for these.
+inline bool is_plain(const AttentionCall& call) { return call.plain && call.p.dropout_p == 0 && call.aligned; }
 template <bool kPlain>
 struct Plain {
   static constexpr bool value = kPlain;
 };
+
+// f(Width, Plain).
 template <class T, class F>
 Status for_kernel(const AttentionCall& call, F&& f) {
   return for_width(call, [&](auto width) {
     if constexpr (sizeof(T) == 2) {
-      if (call.plain && call.p.dropout_p == 0 && call.aligned) return f(width, Plain<true>{});
+      if (is_plain(call)) return f(width, Plain<true>{});
     }
     return f(width, Plain<false>{});
   });

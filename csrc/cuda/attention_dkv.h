@@ -144,76 +144,15 @@ struct AttentionKeyGradients {
     P::multiply_rows(s, k, warp() * kWarpRows, from.q);
     if (kKeys) P::multiply_rows(dp, v, warp() * kWarpRows, from.grad_o);
     const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
-    const bool all_visible = scores.all_visible(i0, i0 + kQueries, row0, row0 + kWarpRows);
     if constexpr (kPlain) {
-      if (p.mask.data) {
-#pragma unroll
-        for (int r = 0; r < kLaneRows; ++r) {
-          const int j = row0 + P::row(r);
-          if (j >= seq.Sk || scores.shows_key(j)) continue;
-#pragma unroll
-          for (int c = 0; c < kQueries / 4; ++c) s[r][c] = -kInfinity<R>;
-        }
-      }
-      if (all_visible) {
-        differentiate_plain<false>(from, scores, i0, s, dp);
-      } else {
-        differentiate_plain<true>(from, scores, i0, s, dp);
-      }
+      differentiate_keys<P>(scores, seq.Sk, row0, i0, from.lse, from.delta, s, dp);
     } else {
-      scores.for_operands([&](auto operands) {
-        differentiate_general<decltype(operands)::kSet>(from, scores, i0, all_visible, s, dp, dbias);
-      });
+      const auto kept_of = [&](int query, int j) { return this->kept_of(from, query, j); };
+      const auto add = [&](int r, int, int, R ds) { dbias[r] += ds; };
+      differentiate_keys<P>(scores, row0, i0, from.lse, from.delta, s, dp, kept_of, add);
     }
     if (kValues) P::multiply_down(dv, s, from.grad_o);
     if (kKeys) P::multiply_down(dk, dp, from.q);
-  }
-
-  // s becomes weights, dp ds. kSome: only some of the pairs are visible.
-  template <bool kSome>
-  TFORMER_DEVICE void differentiate_plain(const Stage& from, const Scores<T, kPlain>& scores, int i0,
-                                          R (&s)[kLaneRows][kQueries / 4], R (&dp)[kLaneRows][kQueries / 4]) const {
-#pragma unroll
-    for (int c = 0; c < kQueries / 4; ++c) {
-      const int n = P::column(c), i = i0 + n;
-      const R lse = from.lse[n], delta = from.delta[n];
-      const int begin = kSome ? scores.range.begin(i) - row0 : 0;
-      const int end = kSome && i < seq.Sq ? scores.range.end(i) - row0 : 0;
-#pragma unroll
-      for (int r = 0; r < kLaneRows; ++r) {
-        const int j = P::row(r);
-        const bool visible = !kSome || (j >= begin && j < end);
-        const auto g = differentiate(scores, s[r][c], dp[r][c], lse, delta, visible);
-        s[r][c] = g.p;
-        dp[r][c] = g.ds;
-      }
-    }
-  }
-
-  template <OperandSet kSet>
-  TFORMER_DEVICE void differentiate_general(const Stage& from, const Scores<T, kPlain>& scores, int i0,
-                                            bool all_visible, R (&s)[kLaneRows][kQueries / 4],
-                                            R (&dp)[kLaneRows][kQueries / 4], R (&dbias)[kLaneRows]) const {
-#pragma unroll
-    for (int c = 0; c < kQueries / 4; ++c) {
-      const int n = P::column(c);
-      const int i = i0 + n;
-      const R lse = from.lse[n], delta = from.delta[n];
-      int begin = 0, end = kWarpRows;
-      if (!all_visible) {
-        begin = scores.range.begin(i) - row0;
-        end = i < seq.Sq ? scores.range.end(i) - row0 : 0;
-      }
-#pragma unroll
-      for (int r = 0; r < kLaneRows; ++r) {
-        const int j = P::row(r);
-        const auto g = differentiate<kSet>(scores, s[r][c], dp[r][c], lse, delta, kept_of(from, n, row0 + j),
-                                           j >= begin && j < end, i, row0 + j);
-        s[r][c] = g.p;
-        dp[r][c] = g.ds;
-        dbias[r] += g.dbias;
-      }
-    }
   }
 
   TFORMER_DEVICE R kept_of(const Stage& from, int query, int j) const {

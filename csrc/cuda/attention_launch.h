@@ -31,6 +31,37 @@ struct AttentionCall {
   double* grad_sinks;   // (Hq)
 };
 
+// Tiles of so many queries of a head; of all sequences where they are packed.
+constexpr int64_t query_tiles(const AttentionCall& call, int rows) {
+  return call.packed ? call.p.Sq / rows + call.p.B : (call.p.Sq + rows - 1) / rows;
+}
+
+// Memory between the kernels of a backward call in one pass: sums of dq, by tiles of queries; whose turn it is at each;
+// the ticket by which blocks take their work. Words are 0 at first.
+constexpr int kOnePassQueries = 64;
+struct OnePassCall {
+  AttentionCall call;
+  float* sums;  // (tiles of queries of all batches and heads, kOnePassQueries, compiled width)
+  int32_t *turns, *ticket;
+};
+constexpr int64_t one_pass_tiles(const AttentionCall& call) {
+  return (call.packed ? 1 : call.p.B) * call.p.Hq * query_tiles(call, kOnePassQueries);
+}
+constexpr int64_t one_pass_width(const AttentionCall& call) {
+  const int64_t width = call.p.D > call.p.Dv ? call.p.D : call.p.Dv;
+  return width <= 64 ? 64 : width <= 128 ? 128 : 256;
+}
+// Which calls it takes: 16-bit elements; no gradient of a bias, or one whose entries belong to one pair each. Above
+// width 128 a block needs so much shared memory.
+constexpr size_t kOnePassWideBytes = size_t{146} << 10;
+constexpr bool goes_in_one_pass(const AttentionCall& call, size_t shared_bytes) {
+  const AttentionParams& p = call.p;
+  const bool sums_bias = p.grad_bias && (!call.bias_has_rows || p.grad_bias_stride[3] == 0 ||
+                                         call.parts * call.shared_batches * call.shared_heads > 1);
+  const bool fits = one_pass_width(call) <= 128 || shared_bytes >= kOnePassWideBytes;
+  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && fits && !sums_bias;
+}
+
 // out[i] = sum over r of in[i, r], in a fixed order.
 struct SumCall {
   const void* in;
@@ -49,6 +80,8 @@ gpu::Status launch_attention_forward(const AttentionCall& call, gpu::Stream stre
 gpu::Status launch_attention_merge(const AttentionCall& call, gpu::Stream stream);
 gpu::Status launch_attention_delta(const AttentionCall& call, gpu::Stream stream);
 gpu::Status launch_attention_sinks(const AttentionCall& call, gpu::Stream stream);
+// All three gradients. shared_bytes: that a block may have, which decides the size of tiles and so the order of sums.
+gpu::Status launch_attention_one_pass(const OnePassCall& call, size_t shared_bytes, gpu::Stream stream);
 gpu::Status launch_attention_dkv(const AttentionCall& call, gpu::Stream stream);
 gpu::Status launch_attention_dq(const AttentionCall& call, gpu::Stream stream);
 gpu::Status launch_sum(const SumCall& call, gpu::Stream stream);

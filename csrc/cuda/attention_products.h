@@ -160,13 +160,43 @@ struct TensorCores : FragmentLayout<kLaneRows> {
     }
   }
 
+  // o[i][d] += sum over j of a[a_row + i][j] b[j][8 b_chunk + d]. kAcross: of a[j][a_row + i].
+  template <bool kAcross, int kO, class A, class B>
+  static TFORMER_DEVICE void multiply_tiles(float (&o)[kLaneRows][kO], const A& a, int a_row, const B& b, int b_chunk) {
+    static_assert((kAcross ? A::kRows : A::kWidth) == B::kRows);
+    const int l = lane();
+#pragma unroll
+    for (int j = 0; j < B::kRows / 16; ++j) {
+      uint32_t x[kFragments][4];
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+        if constexpr (kAcross) {
+          load_matrix_x4_transposed(x[m], a.at(16 * j + l % 8 + l / 16 * 8, a_row / 8 + 2 * m, l / 8 % 2));
+        } else {
+          load_matrix_x4(x[m], a.at(a_row + 16 * m + l % 16, 2 * j, l / 16));
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < kO / 4; ++d) {
+        uint32_t y[4];
+        load_matrix_x4_transposed(y, b.at(16 * j + l % 16, b_chunk + 2 * d, l / 16));
+#pragma unroll
+        for (int m = 0; m < kFragments; ++m) {
+          multiply(o, m, 2 * d, x[m], y[0], y[1]);
+          multiply(o, m, 2 * d + 1, x[m], y[2], y[3]);
+        }
+      }
+    }
+  }
+
+  // From chunk `first_chunk` of each row on.
   template <int kO, class Tile>
-  static TFORMER_DEVICE void put(const float (&o)[kLaneRows][kO], const Tile& tile, int first) {
+  static TFORMER_DEVICE void put(const float (&o)[kLaneRows][kO], const Tile& tile, int first, int first_chunk = 0) {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
 #pragma unroll
       for (int d = 0; d < kO; d += 2) {
-        char* chunk = tile.at(first + Layout::row(r), d / 2);
+        char* chunk = tile.at(first + Layout::row(r), first_chunk + d / 2);
         *reinterpret_cast<uint32_t*>(chunk + lane() % 4 * 4) = pack_two<T>(o[r][d], o[r][d + 1]);
       }
     }

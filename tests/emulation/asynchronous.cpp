@@ -401,16 +401,6 @@ void wait_for_sent(const Site& site, int pending, bool reads) {
   while (!done()) sleep(site, used->for_sent);
 }
 
-void wait_for_value(const Site& site, const int32_t* at, int32_t value) {
-  while (*at != value) watch(site);
-}
-
-void publish_value(const Site& site, int32_t* at, int32_t value) {
-  check_aligned(site, at, 4);
-  *at = value;
-  wake_watchers();
-}
-
 namespace {
 
 // The four warps of a warpgroup have to be at the same place of the source.

@@ -55,9 +55,6 @@ void commit_sent();
 void wait_for_sent(const Site& site, int pending, bool reads);
 
 // Words of global memory by which blocks wait for each other.
-void wait_for_value(const Site& site, const int32_t* at, int32_t value);
-void publish_value(const Site& site, int32_t* at, int32_t value);
-
 void change_registers(const Site& site, int count, bool more);
 
 void fence_products(const Site& site);

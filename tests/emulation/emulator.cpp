@@ -403,6 +403,16 @@ void wake_watchers() {
   block = own;
 }
 
+void wait_for_value(const Site& site, const int32_t* at, int32_t value) {
+  while (*at != value) watch(site);
+}
+
+void publish_value(const Site& site, int32_t* at, int32_t value) {
+  check_aligned(site, at, 4);
+  *at = value;
+  wake_watchers();
+}
+
 uint64_t draw() { return random_order(); }
 
 uint32_t shared_address(const void* shared) {

@@ -65,6 +65,8 @@ void wake(Sleepers& sleepers);
 // The running thread waits for a word of global memory: until some thread of any block calls wake_watchers.
 void watch(const Site& site);
 void wake_watchers();
+void wait_for_value(const Site& site, const int32_t* at, int32_t value);
+void publish_value(const Site& site, int32_t* at, int32_t value);
 
 // What memory and registers hold, byte by byte, before they are written: 0xff, NaN, or 0x49, a number. A NaN may lead a
 // kernel to compute a row again, which hides where it came from.

@@ -208,6 +208,32 @@ struct Outside {
   }
 };
 
+// Blocks add to out (64) float one after the other, in the order of their tickets; then two int32, the turn and the
+// ticket, 0 at first. The first one stores. Faults, by n. 1: nobody waits for the turn; 2: it is given before all have
+// added.
+struct Turns {
+  static constexpr int kThreads = 64;
+  static TFORMER_DEVICE void run(const Buffers& p, char* shared) {
+    auto* sum = out<float>(p) + thread_index();
+    auto *turn = out<int32_t>(p) + 64, *ticket = reinterpret_cast<int32_t*>(shared);
+    if (thread_index() == 0) *ticket = take_ticket(turn + 1);
+    sync_block();
+    const int mine = *ticket;
+    if (thread_index() == 0 && p.n != 1) wait_for_turn_of(turn, mine);
+    sync_block();
+    const float kinds[3] = {3e7f, 1.25f, -2.9e7f};
+    const float x = kinds[mine % 3] + static_cast<float>(thread_index() + mine);
+    if (thread_index() == 0 && p.n == 2) give_turn(turn, mine + 1);
+    if (mine == 0) {
+      *sum = x;
+    } else {
+      add_global(sum, x);
+    }
+    sync_block();
+    if (thread_index() == 0 && p.n != 2) give_turn(turn, mine + 1);
+  }
+};
+
 template <class Kernel>
 Status run_kernel(const Buffers& p, int64_t blocks, size_t shared_bytes, void* stream) {
   return launch<Kernel>({blocks}, shared_bytes, {stream, 0}, p);
@@ -231,6 +257,7 @@ constexpr Named kKernels[] = {
     {"divergence", run_kernel<Divergence>},
     {"too_early", run_kernel<TooEarly>},
     {"outside", run_kernel<Outside>},
+    {"turns", run_kernel<Turns>},
 };
 
 }  // namespace

@@ -113,6 +113,31 @@ TFORMER_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- Between blocks, through words of global memory. Memory Consistency Model. ----
+
+// The counter before it grew by 1: each caller gets another number. atom, relaxed.
+TFORMER_DEVICE int32_t take_ticket(int32_t* counter) {
+  int32_t ticket;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
+  return ticket;
+}
+// Waits until give_turn has set the word to `value`; what that thread did before, or had seen, is seen after. Only for
+// what a block does that runs already or has run: others may wait for a place. ld.acquire.
+TFORMER_DEVICE void wait_for_turn_of(const int32_t* turn, int32_t value) {
+  int32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+  } while (now != value);
+}
+// st.release.
+TFORMER_DEVICE void give_turn(int32_t* turn, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(value) : "memory");
+}
+// sum += x. Before a turn is given, so that one block at a time adds; subnormal numbers become 0. red, relaxed.
+TFORMER_DEVICE void add_global(float* sum, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(sum), "f"(x) : "memory");
+}
+
 // ---- Matrices: fragments are spread over the warp as the PTX ISA says. ----
 
 // 8 x 8 matrices of 16-bit elements out of shared memory. Lane n gives the address of row n % 8 of matrix n / 8, a

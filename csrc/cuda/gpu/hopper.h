@@ -103,27 +103,6 @@ TFORMER_DEVICE void bulk_wait() {
 // As fence_async_proxy, for global memory. fence.proxy.async.
 TFORMER_DEVICE void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// ---- Between blocks, through words of global memory. Memory Consistency Model. ----
-
-// The counter before it grew by 1: each caller gets another number. atom, relaxed.
-TFORMER_DEVICE int32_t take_ticket(int32_t* counter) {
-  int32_t ticket;
-  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
-  return ticket;
-}
-// Waits until give_turn has set the word to `value`; what that thread did before, or had seen, is seen after. Only for
-// what a block does that runs already or has run: others may wait for a place. ld.acquire.
-TFORMER_DEVICE void wait_for_turn_of(const int32_t* turn, int32_t value) {
-  int32_t now;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-  } while (now != value);
-}
-// st.release.
-TFORMER_DEVICE void give_turn(int32_t* turn, int32_t value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(value) : "memory");
-}
-
 // ---- Who runs. ----
 
 // Arrives at a barrier of sync_threads_of without waiting; counts among its `count`. barrier.arrive.

@@ -46,8 +46,8 @@ Status launch_hopper_backward(const AttentionCall& call, const HopperSums& sums,
       constexpr int kWidth = decltype(width)::value;
       constexpr HopperExtra kExtra = decltype(extra)::value;
       using Kernel = typename HopperBackwardOf<T, kWidth, kExtra>::type;
-      return launch_hopper_backward_kernels<Kernel, HopperQueryGradients<T, kWidth, kExtra != HopperExtra::bias>>(
-          call, sums, stream);
+      using QueryKernel = QueryGradientsOfSums<T, kWidth, HopperDqSums<kWidth>, HopperBackwardCall>;
+      return launch_hopper_backward_kernels<Kernel, QueryKernel>(call, sums, stream);
     });
   });
 }

@@ -3,7 +3,7 @@
 
 #include <gpu/hopper.h>
 
-#include "../attention_backward.h"
+#include "../attention_dq_sums.h"
 #include "attention_backward_dropout.h"
 #include "attention_bias.h"
 #include "attention_launch.h"
@@ -30,14 +30,10 @@ struct HopperBackwardShape {
 constexpr int kSumFloats = 64 * 64, kSumChunks = kSumFloats / 4 / kWarpgroup, kTileFloats = 2 * kSumFloats;
 static_assert(kTileFloats == kHopperSlotFloats);
 
-// The first slot of a tile of queries: where its sums lie, and its turn. Packed sequences: their tiles are counted as
-// find_sequence does, up to a gap after each sequence.
+// The first slot of a tile of queries: where its sums lie, and its turn.
 TFORMER_DEVICE int slot_of(const AttentionCall& call, int q_begin, int b, int h, int i0) {
   const int width = static_cast<int>(call.p.D > call.p.Dv ? call.p.D : call.p.Dv);
-  const int rows = hopper_backward_queries(width);
-  const int first = call.packed ? q_begin / rows + b : 0, tiles = static_cast<int>(hopper_query_tiles(call, rows));
-  const int tile = (call.packed ? h : b * static_cast<int>(call.p.Hq) + h) * tiles + first + i0 / rows;
-  return tile * hopper_slots_of_tile(width);
+  return query_tile_of(call, hopper_backward_queries(width), q_begin, b, h, i0) * hopper_slots_of_tile(width);
 }
 
 // What a block works on: a tile of keys, and the queries of each head that see some of them. It lies in shared memory

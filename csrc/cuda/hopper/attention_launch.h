@@ -51,12 +51,9 @@ auto for_extra(const AttentionParams& p, F&& f) {
   }
 }
 
-// Rows of a forward tile of queries, and tiles of a head; all sequences where packed.
+// Rows of a forward tile of queries.
 constexpr int hopper_forward_queries(int64_t width, HopperExtra extra) {
   return width <= 64 && extra == HopperExtra::none ? 192 : 128;
-}
-constexpr int64_t hopper_query_tiles(const AttentionCall& call, int rows) {
-  return call.packed ? call.p.Sq / rows + call.p.B : (call.p.Sq + rows - 1) / rows;
 }
 
 // Memory between the kernels of a backward call: sums of dq, a tile of queries in one slot or two, whose turn it is at
@@ -65,7 +62,7 @@ constexpr int hopper_backward_queries(int64_t width) { return width <= 64 ? 128 
 constexpr int hopper_slots_of_tile(int64_t width) { return width <= 128 ? 1 : 2; }
 constexpr int64_t hopper_slots(const AttentionCall& call) {
   const int64_t width = call.p.D > call.p.Dv ? call.p.D : call.p.Dv;
-  return (call.packed ? 1 : call.p.B) * call.p.Hq * hopper_query_tiles(call, hopper_backward_queries(width)) *
+  return (call.packed ? 1 : call.p.B) * call.p.Hq * query_tiles(call, hopper_backward_queries(width)) *
          hopper_slots_of_tile(width);
 }
 constexpr int64_t kHopperSlotFloats = 8192;

@@ -128,6 +128,17 @@ void copy_async_wait() {
   emulation::wait_for_copies(kPending);
 }
 
+// ---- Between blocks. ----
+
+inline int32_t take_ticket(int32_t* counter) { return (*counter)++; }
+inline void wait_for_turn_of(const int32_t* turn, int32_t value, TFORMER_SITE) {
+  emulation::wait_for_value({"wait_for_turn_of", file, line}, turn, value);
+}
+inline void give_turn(int32_t* turn, int32_t value, TFORMER_SITE) {
+  emulation::publish_value({"give_turn", file, line}, turn, value);
+}
+inline void add_global(float* sum, float x) { *sum += x; }
+
 // ---- Matrices. ----
 
 namespace emulation {

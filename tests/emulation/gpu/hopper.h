@@ -55,14 +55,6 @@ void bulk_wait(TFORMER_SITE) {
 }
 inline void fence_async_proxy_global() {}
 
-inline int32_t take_ticket(int32_t* counter) { return (*counter)++; }
-inline void wait_for_turn_of(const int32_t* turn, int32_t value, TFORMER_SITE) {
-  emulation::wait_for_value({"wait_for_turn_of", file, line}, turn, value);
-}
-inline void give_turn(int32_t* turn, int32_t value, TFORMER_SITE) {
-  emulation::publish_value({"give_turn", file, line}, turn, value);
-}
-
 inline void arrive_threads_of(int id, int count, TFORMER_SITE) {
   const emulation::Site site{"arrive_threads_of", file, line};
   if (id < 1 || id > 15 || count <= 0 || count % kWarp) emulation::fail(site, "id is 1 to 15, count whole warps");
