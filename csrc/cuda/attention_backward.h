@@ -39,18 +39,15 @@ TFORMER_DEVICE Differentiated<Real<T>> differentiate(const Scores<T, true>& scor
   const R p = scores.weight(visible ? product : -kInfinity<R>, lse);
   return {p, p * (dp - delta), R(0)};
 }
-template <OperandSet kSet, class T>
-TFORMER_DEVICE Differentiated<Real<T>> differentiate(const Scores<T, false>& scores, Real<T> product, Real<T> dp,
-                                                     Real<T> lse, Real<T> delta, Real<T> kept, bool visible, int i,
-                                                     int j) {
+// The same of a score, with the derivative of its softcap.
+template <class T>
+TFORMER_DEVICE Differentiated<Real<T>> differentiate(const Scores<T, false>& scores, Real<T> x, Real<T> cap, Real<T> dp,
+                                                     Real<T> lse, Real<T> delta, Real<T> kept, bool visible) {
   using R = Real<T>;
-  if (!visible) return {R(0), R(0), R(0)};
-  R cap;
-  const R x = scores.template score<kSet>(product, i, j, cap);
-  if (x == -kInfinity<R>) return {R(0), R(0), R(0)};
-  const R p = scores.weight(x, lse);
+  const bool counts = visible && x != -kInfinity<R>;  // else 0, whatever the others are
+  const R p = counts ? scores.weight(x, lse) : R(0);
   const R ds = p * (dp * kept - delta);
-  return {p * kept, ds * cap, ds};
+  return {p * kept, counts ? ds * cap : R(0), counts ? ds : R(0)};
 }
 
 // kept of a pair: 1 without dropout.
@@ -102,15 +99,19 @@ TFORMER_DEVICE void differentiate_keys(const Scores<T, true>& scores, int key_le
     for_pairs(std::true_type{});
   }
 }
-// Whatever scores may have. kept(n, j): of query i0 + n and key j, as differentiate wants it. dbias(r, i, j, x) takes
-// the bias's gradient of each pair that is visible by position, in the lane's row r.
+// Whatever scores may have. kept(n, j): of query i0 + n and key j, as differentiate wants it. dbias(r, visible, i,
+// j, x) takes the bias's gradient of each pair, in the lane's row r; 0 where the pair is not visible.
 template <class P, class T, int kLaneRows, int kC, class Kept, class Dbias>
 TFORMER_DEVICE void differentiate_keys(const Scores<T, false>& scores, int row0, int i0, const Real<T>* lse,
                                        const Real<T>* delta, Real<T> (&s)[kLaneRows][kC], Real<T> (&dp)[kLaneRows][kC],
                                        Kept&& kept, Dbias&& dbias) {
   using R = Real<T>;
   const bool all_visible = scores.all_visible(i0, i0 + 4 * kC, row0, row0 + 8 * kLaneRows);
-  scores.for_operands([&](auto operands) {
+  scores.for_operands([&](auto by_tile) {
+    constexpr bool kByTile = decltype(by_tile)::value;
+    if constexpr (kByTile) {
+      scores.add_operands(s, [&](int r, int c) { return Pair{i0 + P::column(c), row0 + P::row(r)}; });
+    }
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
       const int n = P::column(c), i = i0 + n;
@@ -124,10 +125,14 @@ TFORMER_DEVICE void differentiate_keys(const Scores<T, false>& scores, int row0,
       for (int r = 0; r < kLaneRows; ++r) {
         const int j = P::row(r);
         const bool visible = j >= begin && j < end;
-        const auto g = differentiate<decltype(operands)::kSet>(scores, s[r][c], dp[r][c], lse_of, delta_of,
-                                                               kept(n, row0 + j), visible, i, row0 + j);
+        R x = s[r][c], cap = 1;
+        if constexpr (!kByTile) {
+          const Pair of = scores.nearest({i, row0 + j});
+          x = scores.score(x, of.i, of.j, cap);
+        }
+        const auto g = differentiate(scores, x, cap, dp[r][c], lse_of, delta_of, kept(n, row0 + j), visible);
         s[r][c] = g.p, dp[r][c] = g.ds;
-        if (visible) dbias(r, i, row0 + j, g.dbias);
+        dbias(r, visible, i, row0 + j, g.dbias);
       }
     }
   });
@@ -146,15 +151,6 @@ TFORMER_DEVICE unsigned suspect_rows(const R (&x)[kLaneRows][kO]) {
     for (int g = 0; g < 8; ++g) suspects |= (quads >> 4 * g & 15 ? 1u : 0u) << (8 * r + g);
   }
   return suspects;
-}
-
-template <class R, int kRows, int kColumns>
-TFORMER_DEVICE void multiply_all(R (&x)[kRows][kColumns], R by) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) x[r][c] *= by;
-  }
 }
 
 }  // namespace tformer::gpu

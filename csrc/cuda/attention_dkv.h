@@ -148,7 +148,7 @@ struct AttentionKeyGradients {
       differentiate_keys<P>(scores, seq.Sk, row0, i0, from.lse, from.delta, s, dp);
     } else {
       const auto kept_of = [&](int query, int j) { return this->kept_of(from, query, j); };
-      const auto add = [&](int r, int, int, R ds) { dbias[r] += ds; };
+      const auto add = [&](int r, bool, int, int, R ds) { dbias[r] += ds; };
       differentiate_keys<P>(scores, row0, i0, from.lse, from.delta, s, dp, kept_of, add);
     }
     if (kValues) P::multiply_down(dv, s, from.grad_o);

@@ -148,8 +148,8 @@ struct AttentionQueryGradients {
         differentiate_plain<true>(key0, lse, delta, s, dp);
       }
     } else {
-      scores.for_operands([&](auto operands) {
-        differentiate_general<decltype(operands)::kSet>(key0, all_visible, lse, delta, s, dp, dbias);
+      scores.for_operands([&](auto by_tile) {
+        differentiate_general<decltype(by_tile)::value>(key0, all_visible, lse, delta, s, dp, dbias);
       });
     }
     P::multiply_down(dq, dp, from.k);
@@ -173,12 +173,15 @@ struct AttentionQueryGradients {
     }
   }
 
-  // As differentiate_plain, with the gradient of the bias.
-  template <OperandSet kSet>
+  // As differentiate_plain, with the gradient of the bias. kByTile: as Scores::for_operands says.
+  template <bool kByTile>
   TFORMER_DEVICE void differentiate_general(int key0, bool all_visible, const R (&lse)[kLaneRows],
-                                            const R (&delta)[kLaneRows], const R (&s)[kLaneRows][kKeys / 4],
+                                            const R (&delta)[kLaneRows], R (&s)[kLaneRows][kKeys / 4],
                                             R (&dp)[kLaneRows][kKeys / 4], R (&dbias)[kLaneRows]) const {
     const int lane_key0 = key0 + P::first_column();
+    if constexpr (kByTile) {
+      scores.add_operands(s, [&](int r, int c) { return Pair{row0 + P::row(r), lane_key0 + P::column_offset(c)}; });
+    }
     const auto range = scores.range.from_key(lane_key0);
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
@@ -196,10 +199,15 @@ struct AttentionQueryGradients {
       for (int c = 0; c < kKeys / 4; ++c) {
         const int j = P::column_offset(c);
         const R factor = !kept.dropout ? R(1) : bits >> j & 1 ? kept.scale : R(0);
-        const auto g = differentiate<kSet>(scores, s[r][c], dp[r][c], lse[r], delta[r], factor, j >= begin && j < end,
-                                           i, lane_key0 + j);
+        const bool visible = j >= begin && j < end;
+        R x = s[r][c], cap = 1;
+        if constexpr (!kByTile) {
+          const Pair of = scores.nearest({i, lane_key0 + j});
+          x = scores.score(x, of.i, of.j, cap);
+        }
+        const auto g = differentiate(scores, x, cap, dp[r][c], lse[r], delta[r], factor, visible);
         dp[r][c] = g.ds;
-        if (j >= begin && j < end) add_grad_bias(i, lane_key0 + j, g.dbias, dbias[r]);
+        if (visible) add_grad_bias(i, lane_key0 + j, g.dbias, dbias[r]);
       }
     }
   }

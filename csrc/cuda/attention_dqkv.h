@@ -218,8 +218,8 @@ struct AttentionGradients {
         if (!kept.dropout) return 1.0f;
         return from.keep.word(first_query() + n, (j - j0) / kKeepBlock) >> j % kKeepBlock & 1 ? kept.scale : 0.0f;
       };
-      const auto store_grad_bias = [&](int, int i, int j, float ds) {
-        if (!p.grad_bias) return;
+      const auto store_grad_bias = [&](int, bool visible, int i, int j, float ds) {
+        if (!p.grad_bias || !visible) return;
         const int64_t* stride = p.grad_bias_stride;
         static_cast<float*>(p.grad_bias)[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]] = ds;
       };

@@ -374,6 +374,15 @@ TFORMER_DEVICE void clear(R (&x)[kRows][kColumns]) {
 }
 
 template <class R, int kRows, int kColumns>
+TFORMER_DEVICE void multiply_all(R (&x)[kRows][kColumns], R by) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) x[r][c] *= by;
+  }
+}
+
+template <class R, int kRows, int kColumns>
 TFORMER_DEVICE void multiply_rows_by(R (&x)[kRows][kColumns], const R (&by)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

@@ -1,6 +1,8 @@
 // From products q.k to scores, from scores to weights; dropout. All kernels of both directions call this.
 #pragma once
 
+#include <type_traits>
+
 #include "../key_range.h"
 #include "../philox.h"
 #include "attention_products.h"
@@ -67,11 +69,8 @@ constexpr DType kDType<bf16> = DType::bf16;
 template <>
 constexpr DType kDType<f16> = DType::f16;
 
-// What general scores may have beside a scale: nothing; a bias of T alone; a mask alone; anything.
-enum class OperandSet { none, bias, mask, any };
-template <OperandSet kSet_>
-struct Operands {
-  static constexpr OperandSet kSet = kSet_;
+struct Pair {
+  int i, j;  // query, key
 };
 
 // The scores of one (batch, query head). kPlain: nothing but the scale, the range of keys and a mask by keys; products
@@ -122,36 +121,12 @@ struct Scores {
     return !p.mask.data || static_cast<const char*>(p.mask.data)[mask_offset + j * p.mask.stride[3]] != 0;
   }
 
-  // f(an Operands): what has to be asked for each pair is asked once for a tile of them.
-  template <class F>
-  TFORMER_DEVICE void for_operands(F&& f) const {
-    const bool others = sizeof(T) == 8 || p.softcap != 0 || p.alibi_slopes;  // double takes long to compile
-    if (others || (p.bias.data && (p.mask.data || p.bias.dtype != kDType<T>))) {
-      f(Operands<OperandSet::any>{});
-    } else if (p.bias.data) {
-      f(Operands<OperandSet::bias>{});
-    } else if (p.mask.data) {
-      f(Operands<OperandSet::mask>{});
-    } else {
-      f(Operands<OperandSet::none>{});
-    }
-  }
-
   // The score of query i and key j, which position lets through; -inf where it takes no part. `cap` receives the
-  // derivative of the softcap. kSet: what there may be.
-  template <OperandSet kSet = OperandSet::any>
+  // derivative of the softcap.
   TFORMER_DEVICE R score(R product, int i, int j, R& cap) const {
     cap = 1;
     if constexpr (kPlain) {
       return shows_key(j) ? product : -kInfinity<R>;
-    } else if constexpr (kSet == OperandSet::none) {
-      return product * scale;
-    } else if constexpr (kSet == OperandSet::bias) {
-      const T* bias = static_cast<const T*>(p.bias.data) + bias_offset;
-      return product * scale + widen(bias[i * p.bias.stride[2] + j * p.bias.stride[3]]);
-    } else if constexpr (kSet == OperandSet::mask) {
-      const auto* mask = static_cast<const char*>(p.mask.data) + mask_offset;
-      return mask[i * p.mask.stride[2] + j * p.mask.stride[3]] ? product * scale : -kInfinity<R>;
     } else {
       R x = product * scale;
       if (p.softcap != 0) {
@@ -168,6 +143,46 @@ struct Scores {
         if (!mask[i * p.mask.stride[2] + j * p.mask.stride[3]]) x = -kInfinity<R>;
       }
       return x;
+    }
+  }
+
+  // f(whether add_operands can make the scores of a tile, as a type): not with a softcap, whose derivative each pair
+  // wants, nor with a bias of another dtype. Double takes long to compile.
+  template <class F>
+  TFORMER_DEVICE void for_operands(F&& f) const {
+    if constexpr (sizeof(T) != 8) {
+      if (p.softcap == 0 && (!p.bias.data || p.bias.dtype == kDType<T>)) return f(std::true_type{});
+    }
+    f(std::false_type{});
+  }
+
+  // A pair that is there, and near; where positions do not meet it does not matter what an operand holds.
+  TFORMER_DEVICE Pair nearest(Pair pair) const { return {smaller(pair.i, Sq - 1), smaller(pair.j, range.Sk - 1)}; }
+
+  // Products become scores, operand by operand: one question for the whole tile, and no read that waits behind a branch
+  // for its pair. at(r, c): the pair of s[r][c], which may be hidden by position, or not be there.
+  template <int kRows, int kColumns, class At>
+  TFORMER_DEVICE void add_operands(R (&s)[kRows][kColumns], At&& at) const {
+    const auto for_each = [&](auto&& f) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) f(s[r][c], nearest(at(r, c)));
+      }
+    };
+    if (p.bias.data) {
+      const T* bias = static_cast<const T*>(p.bias.data) + bias_offset;
+      for_each(
+          [&](R& x, Pair of) { x = fma(x, scale, widen(bias[of.i * p.bias.stride[2] + of.j * p.bias.stride[3]])); });
+    } else {
+      multiply_all(s, scale);
+    }
+    if (p.alibi_slopes) {
+      for_each([&](R& x, Pair of) { x -= slope * absolute(static_cast<R>(range.diagonal(of.i) - of.j)); });
+    }
+    if (p.mask.data) {
+      const auto* mask = static_cast<const char*>(p.mask.data) + mask_offset;
+      for_each([&](R& x, Pair of) { x = mask[of.i * p.mask.stride[2] + of.j * p.mask.stride[3]] ? x : -kInfinity<R>; });
     }
   }
 };
@@ -225,11 +240,18 @@ TFORMER_DEVICE void finish_scores(const Scores<T, kPlain>& scores, Real<T> (&s)[
   if constexpr (kPlain) {
     for_pairs([&](int r, int c, int, int, bool meet) { s[r][c] = meet ? s[r][c] : -kInfinity<R>; });
   } else {
-    scores.for_operands([&](auto operands) {
+    scores.for_operands([&](auto by_tile) {
+      constexpr bool kByTile = decltype(by_tile)::value;
+      if constexpr (kByTile) {
+        scores.add_operands(s, [&](int r, int c) { return Pair{row0 + P::row(r), lane_key0 + P::column_offset(c)}; });
+      }
       for_pairs([&](int r, int c, int i, int j, bool meet) {
-        R cap;
-        s[r][c] =
-            meet ? scores.template score<decltype(operands)::kSet>(s[r][c], i, lane_key0 + j, cap) : -kInfinity<R>;
+        R x = s[r][c], cap;
+        if constexpr (!kByTile) {
+          const Pair of = scores.nearest({i, lane_key0 + j});
+          x = scores.score(x, of.i, of.j, cap);
+        }
+        s[r][c] = meet ? x : -kInfinity<R>;
       });
     });
   }
