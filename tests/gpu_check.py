@@ -42,7 +42,7 @@ def main() -> int:
     }
     if sm90:
         steps |= {
-            "portable-tests": lambda: run_tests(r"attention_kernels[,)]", **PORTABLE),
+            "portable-tests": lambda: run_tests(r"attention_kernels[,)]|gradients_on_a_gpu", **PORTABLE),
             "portable-sanitizer": lambda: sanitize(*SANITIZERS, **PORTABLE),
             "portable-bench": lambda: bench(options.budget, "--filter", "^attention", **PORTABLE),
         }
