@@ -32,13 +32,10 @@ ONLY_THESE["portable"] = [
     ("return is_plain(call.call) ? with(Plain<true>{}) : with(Plain<false>{});", "return with(Plain<true>{});"),
     ("    if (one_pass_width(call.call) == 64) return", "    if constexpr (kPlain) return"),
     ("    if (one_pass_width(call.call) == 256) {", "    else {"),
-    (
-        "    if (shared_bytes >= AttentionGradients<T, 128, 128, kPlain>::kSharedBytes) {",
-        "    if constexpr (!kPlain) {",
-    ),
-    ("    return launch_one_pass_kernels<T, 128, 64, kPlain>(call, stream);\n", ""),
-    ("  return for_two_pass_kernel<T>(call, [&]", "  return [](auto&&...) { return Status{1}; }(call, [&]"),
-    ("  return for_two_pass_kernel<T>(given, [&]", "  return [](auto&&...) { return Status{1}; }(given, [&]"),
+    ("if (shared_bytes < kOnePassBytes) return launch_one_pass_kernels<T, 128, 64, kPlain>(call, stream);", ""),
+    ("    return launch_one_pass_kernels<T, 128, 128, kPlain>(call, stream);\n", ""),
+    ("  return for_width(call, [&]", "  return [](auto&&...) { return Status{1}; }(call, [&]"),
+    ("  return for_width(given, [&]", "  return [](auto&&...) { return Status{1}; }(given, [&]"),
 ]
 PORTABLE_FAULTS = {
     "queries are not waited for": [("copy_async_wait<0>();", "if (step.n == 0) copy_async_wait<0>();")],

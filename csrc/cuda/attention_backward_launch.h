@@ -21,34 +21,23 @@ Status launch_one_pass_kernels(OnePassCall call, Stream stream) {
 }
 
 // Tiles of 128 keys; of 64 above width 128, and above 64 where a block has not the shared memory (sm_86, sm_89,
-// sm_120).
+// sm_120), which goes_in_one_pass grants to plain calls alone.
 template <class T>
 Status launch_one_pass(const OnePassCall& call, size_t shared_bytes, Stream stream) {
   const auto with = [&](auto kind) {
     constexpr bool kPlain = decltype(kind)::value;
     if (one_pass_width(call.call) == 64) return launch_one_pass_kernels<T, 64, 128, kPlain>(call, stream);
     if (one_pass_width(call.call) == 256) {
-      static_assert(AttentionGradients<T, 256, 64, kPlain>::kSharedBytes <= kOnePassWideBytes);
+      static_assert(AttentionGradients<T, 256, 64, kPlain>::kSharedBytes <= kOnePassBytes);
       return launch_one_pass_kernels<T, 256, 64, kPlain>(call, stream);
     }
-    if (shared_bytes >= AttentionGradients<T, 128, 128, kPlain>::kSharedBytes) {
-      return launch_one_pass_kernels<T, 128, 128, kPlain>(call, stream);
+    static_assert(AttentionGradients<T, 128, 128, kPlain>::kSharedBytes <= kOnePassBytes);
+    if constexpr (kPlain) {
+      if (shared_bytes < kOnePassBytes) return launch_one_pass_kernels<T, 128, 64, kPlain>(call, stream);
     }
-    return launch_one_pass_kernels<T, 128, 64, kPlain>(call, stream);
+    return launch_one_pass_kernels<T, 128, 128, kPlain>(call, stream);
   };
   return is_plain(call.call) ? with(Plain<true>{}) : with(Plain<false>{});
-}
-
-// As for_kernel, for what does not go in one pass: of 16-bit calls up to width 128 only those that sum a bias's
-// gradient, none of which is plain.
-template <class T, class F>
-Status for_two_pass_kernel(const AttentionCall& call, F&& f) {
-  return for_width(call, [&](auto width) {
-    if constexpr (sizeof(T) == 2 && decltype(width)::value > 128) {
-      if (is_plain(call)) return f(width, Plain<true>{});
-    }
-    return f(width, Plain<false>{});
-  });
 }
 
 template <class Kernel>
@@ -60,23 +49,22 @@ Status launch_dkv_kernel(AttentionCall call, Stream stream) {
 
 template <class T>
 Status launch_dkv(const AttentionCall& call, Stream stream) {
-  return for_two_pass_kernel<T>(call, [&](auto width, auto plain) {
+  return for_width(call, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    constexpr bool kPlain = decltype(plain)::value;
     if constexpr (kWidth > 128) {
-      const Status status = launch_dkv_kernel<AttentionKeyGradients<T, kWidth, kPlain, Wanted::keys>>(call, stream);
+      const Status status = launch_dkv_kernel<AttentionKeyGradients<T, kWidth, Wanted::keys>>(call, stream);
       if (status != kSuccess) return status;
-      return launch_dkv_kernel<AttentionKeyGradients<T, kWidth, kPlain, Wanted::values>>(call, stream);
+      return launch_dkv_kernel<AttentionKeyGradients<T, kWidth, Wanted::values>>(call, stream);
     } else {
-      return launch_dkv_kernel<AttentionKeyGradients<T, kWidth, kPlain, Wanted::both>>(call, stream);
+      return launch_dkv_kernel<AttentionKeyGradients<T, kWidth, Wanted::both>>(call, stream);
     }
   });
 }
 
 template <class T>
 Status launch_dq(const AttentionCall& given, Stream stream) {
-  return for_two_pass_kernel<T>(given, [&](auto width, auto plain) {
-    using Kernel = AttentionQueryGradients<T, decltype(width)::value, decltype(plain)::value>;
+  return for_width(given, [&](auto width) {
+    using Kernel = AttentionQueryGradients<T, decltype(width)::value>;
     AttentionCall call = given;
     const AttentionParams& p = call.p;
     call.grid = grid_of(call, Kernel::kRows, p.Sq, p.Hq, p.Sk * p.Hk / p.Hq);

@@ -43,8 +43,6 @@ Status for_width(const AttentionCall& call, F&& f) {
   return f(Width<256>{});
 }
 
-// 16-bit elements have kernels of their own for these.
-inline bool is_plain(const AttentionCall& call) { return call.plain && call.p.dropout_p == 0 && call.aligned; }
 template <bool kPlain>
 struct Plain {
   static constexpr bool value = kPlain;

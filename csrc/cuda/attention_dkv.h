@@ -7,7 +7,7 @@ namespace tformer::gpu {
 
 enum class Wanted { both, keys, values };  // wide heads have not the registers for both
 
-template <class T, int kWidth, bool kPlain, Wanted kWanted>
+template <class T, int kWidth, Wanted kWanted>
 struct AttentionKeyGradients {
   using R = Real<T>;
   using Shape = BackwardShape<T, kWidth>;
@@ -21,8 +21,7 @@ struct AttentionKeyGradients {
   using QueryTile = SharedTile<T, kQueries, kWidth>;
   static constexpr int kWords = kRows > kKeepBlock ? kRows / kKeepBlock : 1;
   using Keep = KeepBits<kQueries, kWords>;
-  static constexpr int kStageBytes =
-      2 * QueryTile::kBytes + 2 * kQueries * static_cast<int>(sizeof(R)) + (kPlain ? 0 : Keep::kBytes);
+  static constexpr int kStageBytes = 2 * QueryTile::kBytes + 2 * kQueries * static_cast<int>(sizeof(R)) + Keep::kBytes;
   static constexpr size_t kSharedBytes = 2 * KeyTile::kBytes + kStages * kStageBytes;
 
   const AttentionCall& call;
@@ -85,21 +84,19 @@ struct AttentionKeyGradients {
   TFORMER_DEVICE void load(int step) const {
     const Stage to = stage(step);
     const int h = head(step), i0 = first_query(step), rows = seq.Sq - i0;
-    const bool aligned = kPlain || call.aligned;
+    const bool aligned = call.aligned;
     to.q.template load<kThreads>(row_at<const T>(p.q, b, h, seq.q_begin + i0), p.q.stride[2], rows,
                                  static_cast<int>(p.D), aligned);
     to.grad_o.template load<kThreads>(row_at<const T>(p.grad_o, b, h, seq.q_begin + i0), p.grad_o.stride[2], rows,
                                       static_cast<int>(p.Dv), aligned);
     copy_async_commit();
-    const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
+    const Scores<T, false> scores(p, sequence_of(p, b), b, h);
     const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + seq.q_begin + i0;
     for (int n = thread_index(); n < kQueries; n += kThreads) {
       to.lse[n] = n < rows ? scores.held_lse(static_cast<const R*>(p.lse)[at + n]) : kInfinity<R>;
       to.delta[n] = n < rows ? static_cast<R>(p.delta[at + n]) : R(0);
     }
-    if constexpr (!kPlain) {
-      if (kept.dropout) to.keep.template draw<kThreads>(p, b, h, i0, j0 / kKeepBlock * kKeepBlock);
-    }
+    if (kept.dropout) to.keep.template draw<kThreads>(p, b, h, i0, j0 / kKeepBlock * kKeepBlock);
   }
 
   TFORMER_DEVICE void attend() const {
@@ -108,7 +105,7 @@ struct AttentionKeyGradients {
     clear(dv);
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) dbias[r] = 0;
-    const bool aligned = kPlain || call.aligned;
+    const bool aligned = call.aligned;
     k.template load<kThreads>(row_at<const T>(p.k, b, kv_head, seq.k_begin + j0), p.k.stride[2], seq.Sk - j0,
                               static_cast<int>(p.D), aligned);
     if (kKeys) {
@@ -127,7 +124,7 @@ struct AttentionKeyGradients {
       sync_block();
       if (kStages == 2 && step + 1 < steps) load(step + 1);
       add_queries(step, dk, dv, dbias);
-      if (!kPlain && (step + 1) % tiles == 0) add_grad_bias(head(step), dbias);
+      if ((step + 1) % tiles == 0) add_grad_bias(head(step), dbias);
     }
     copy_async_wait<0>();
     sync_block();  // keys and values are there, also where no query came by
@@ -143,20 +140,16 @@ struct AttentionKeyGradients {
     clear(dp);
     P::multiply_rows(s, k, warp() * kWarpRows, from.q);
     if (kKeys) P::multiply_rows(dp, v, warp() * kWarpRows, from.grad_o);
-    const Scores<T, kPlain> scores(p, sequence_of(p, b), b, h);
-    if constexpr (kPlain) {
-      differentiate_keys<P>(scores, seq.Sk, row0, i0, from.lse, from.delta, s, dp);
-    } else {
-      const auto kept_of = [&](int query, int j) { return this->kept_of(from, query, j); };
-      const auto add = [&](int r, bool, int, int, R ds) { dbias[r] += ds; };
-      differentiate_keys<P>(scores, row0, i0, from.lse, from.delta, s, dp, kept_of, add);
-    }
+    const Scores<T, false> scores(p, sequence_of(p, b), b, h);
+    const auto kept_of = [&](int query, int j) { return this->kept_of(from, query, j); };
+    const auto add = [&](int r, bool, int, int, R ds) { dbias[r] += ds; };
+    differentiate_keys<P>(scores, row0, i0, from.lse, from.delta, s, dp, kept_of, add);
     if (kValues) P::multiply_down(dv, s, from.grad_o);
     if (kKeys) P::multiply_down(dk, dp, from.q);
   }
 
   TFORMER_DEVICE R kept_of(const Stage& from, int query, int j) const {
-    if (kPlain || !kept.dropout) return 1;
+    if (!kept.dropout) return 1;
     const int at = j - j0 / kKeepBlock * kKeepBlock;
     return from.keep.word(query, at / 64) >> at % 64 & 1 ? kept.scale : R(0);
   }
@@ -184,17 +177,17 @@ struct AttentionKeyGradients {
       suspects |= suspect_rows<P>(dk);
       P::put(dk, k, first);
       k.store(first, kWarpRows, row_at<T>(p.grad_k, b, kv_head, seq.k_begin + row0), p.grad_k.stride[2], length - row0,
-              static_cast<int>(p.D), kPlain || call.aligned);
+              static_cast<int>(p.D), call.aligned);
     }
     if (kValues) {
       suspects |= suspect_rows<P>(dv);
       P::put(dv, v, first);
       v.store(first, kWarpRows, row_at<T>(p.grad_v, b, kv_head, seq.k_begin + row0), p.grad_v.stride[2], length - row0,
-              static_cast<int>(p.Dv), kPlain || call.aligned);
+              static_cast<int>(p.Dv), call.aligned);
     }
     for (int n = 0; n < kWarpRows; ++n) {
       if (suspects >> n & 1 && row0 + n < length) {
-        redo_grad_key<T, kPlain, kKeys, kValues>(p, seq, b, kv_head, group, row0 + n);
+        redo_grad_key<T, false, kKeys, kValues>(p, seq, b, kv_head, group, row0 + n);
       }
     }
   }

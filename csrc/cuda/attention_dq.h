@@ -5,11 +5,11 @@
 
 namespace tformer::gpu {
 
-template <class T, int kWidth, bool kPlain>
+template <class T, int kWidth>
 struct AttentionQueryGradients {
   using R = Real<T>;
   using Shape = BackwardShape<T, kWidth>;
-  static constexpr int kRows = Shape::rows(!kPlain && sizeof(T) == 2 ? 64 : 128);
+  static constexpr int kRows = Shape::rows(sizeof(T) == 2 ? 64 : 128);
   static constexpr int kWarps = kRows >= 4 * kRowUnit<T> ? 4 : 2;
   static constexpr int kWarpRows = kRows / kWarps, kLaneRows = kWarpRows / 8, kThreads = kWarps * kWarp;
   static constexpr int kKeys = Shape::kOther, kStages = Shape::kStages;
@@ -17,7 +17,7 @@ struct AttentionQueryGradients {
   using QueryTile = SharedTile<T, kRows, kWidth>;
   using KeyTile = SharedTile<T, kKeys, kWidth>;
   using Keep = KeepBits<kRows, 1>;
-  static constexpr int kStageBytes = 2 * KeyTile::kBytes, kKeptBytes = kPlain ? 0 : 2 * Keep::kBytes;
+  static constexpr int kStageBytes = 2 * KeyTile::kBytes, kKeptBytes = 2 * Keep::kBytes;
   static constexpr size_t kSharedBytes = 2 * QueryTile::kBytes + kStages * kStageBytes + kKeptBytes;
 
   const AttentionCall& call;
@@ -26,7 +26,7 @@ struct AttentionQueryGradients {
   const int b, h, kv_head, part;
   const int i0, row0;  // first query of the block, of the warp
   const KeptScale<R> kept;
-  const Scores<T, kPlain> scores;
+  const Scores<T, false> scores;
   const QueryTile q, grad_o;
   char* const stages;
   int key_begin, key_end;
@@ -37,18 +37,14 @@ struct AttentionQueryGradients {
     const int64_t heads = p.Hq / call.shared_heads;
     int64_t b = work.head / heads, h = work.head % heads;
     if (call.packed && !find_sequence(p.cu_seqlens_q, p.B, kRows, work.tile, b)) return;
-    if constexpr (kPlain) {
-      AttentionQueryGradients(call, static_cast<int>(b), static_cast<int>(h), work, shared).attend();
-    } else {
-      // Batches and heads that share an entry of the bias's gradient add to it one after the other.
-      const int64_t end = (work.split + 1) * call.pairs, shared_by = call.shared_batches * call.shared_heads;
+    // Batches and heads that share an entry of the bias's gradient add to it one after the other.
+    const int64_t end = (work.split + 1) * call.pairs, shared_by = call.shared_batches * call.shared_heads;
 #pragma unroll 1
-      for (int64_t pair = work.split * call.pairs; pair < end && pair < shared_by; ++pair) {
-        const auto shared_b = static_cast<int>(b + pair / call.shared_heads);
-        const auto shared_h = static_cast<int>(h + pair % call.shared_heads);
-        AttentionQueryGradients(call, shared_b, shared_h, work, shared).attend();
-        sync_block();  // the tiles are done with
-      }
+    for (int64_t pair = work.split * call.pairs; pair < end && pair < shared_by; ++pair) {
+      const auto shared_b = static_cast<int>(b + pair / call.shared_heads);
+      const auto shared_h = static_cast<int>(h + pair % call.shared_heads);
+      AttentionQueryGradients(call, shared_b, shared_h, work, shared).attend();
+      sync_block();  // the tiles are done with
     }
   }
 
@@ -85,23 +81,21 @@ struct AttentionQueryGradients {
 
   TFORMER_DEVICE void load(int key0) const {
     const Stage to = stage(key0);
-    const bool aligned = kPlain || call.aligned;
+    const bool aligned = call.aligned;
     to.k.template load<kThreads>(row_at<const T>(p.k, b, kv_head, seq.k_begin + key0), p.k.stride[2], seq.Sk - key0,
                                  static_cast<int>(p.D), aligned);
     to.v.template load<kThreads>(row_at<const T>(p.v, b, kv_head, seq.k_begin + key0), p.v.stride[2], seq.Sk - key0,
                                  static_cast<int>(p.Dv), aligned);
     copy_async_commit();
-    if constexpr (!kPlain) {
-      if (kept.dropout && (key0 == key_begin || key0 % kKeepBlock == 0)) {
-        keep(key0).template draw<kThreads>(p, b, h, i0, key0 / kKeepBlock * kKeepBlock);
-      }
+    if (kept.dropout && (key0 == key_begin || key0 % kKeepBlock == 0)) {
+      keep(key0).template draw<kThreads>(p, b, h, i0, key0 / kKeepBlock * kKeepBlock);
     }
   }
 
   TFORMER_DEVICE void attend() const {
     R dq[kLaneRows][kWidth / 4], lse[kLaneRows], delta[kLaneRows], dbias[kLaneRows];
     clear(dq);
-    const bool aligned = kPlain || call.aligned;
+    const bool aligned = call.aligned;
     q.template load<kThreads>(row_at<const T>(p.q, b, h, seq.q_begin + i0), p.q.stride[2], seq.Sq - i0,
                               static_cast<int>(p.D), aligned);
     grad_o.template load<kThreads>(row_at<const T>(p.grad_o, b, h, seq.q_begin + i0), p.grad_o.stride[2], seq.Sq - i0,
@@ -140,44 +134,16 @@ struct AttentionQueryGradients {
     P::multiply_rows(s, q, warp() * kWarpRows, from.k);
     P::multiply_rows(dp, grad_o, warp() * kWarpRows, from.v);
     const bool all_visible = scores.all_visible(row0, row0 + kWarpRows, key0, key0 + kKeys);
-    if constexpr (kPlain) {
-      hide_keys<P>(scores, s, key0);
-      if (all_visible) {
-        differentiate_plain<false>(key0, lse, delta, s, dp);
-      } else {
-        differentiate_plain<true>(key0, lse, delta, s, dp);
-      }
-    } else {
-      scores.for_operands([&](auto by_tile) {
-        differentiate_general<decltype(by_tile)::value>(key0, all_visible, lse, delta, s, dp, dbias);
-      });
-    }
+    scores.for_operands(
+        [&](auto by_tile) { differentiate<decltype(by_tile)::value>(key0, all_visible, lse, delta, s, dp, dbias); });
     P::multiply_down(dq, dp, from.k);
   }
 
-  // dp becomes ds. kSome: only some of the pairs are visible.
-  template <bool kSome>
-  TFORMER_DEVICE void differentiate_plain(int key0, const R (&lse)[kLaneRows], const R (&delta)[kLaneRows],
-                                          const R (&s)[kLaneRows][kKeys / 4], R (&dp)[kLaneRows][kKeys / 4]) const {
-    const auto range = scores.range.from_key(key0 + P::first_column());
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      const int i = row0 + P::row(r), begin = kSome ? range.begin(i) : 0;
-      const int end = kSome && i < seq.Sq ? range.end(i) : 0;
-#pragma unroll
-      for (int c = 0; c < kKeys / 4; ++c) {
-        const int j = P::column_offset(c);
-        const bool visible = !kSome || (j >= begin && j < end);
-        dp[r][c] = differentiate(scores, s[r][c], dp[r][c], lse[r], delta[r], visible).ds;
-      }
-    }
-  }
-
-  // As differentiate_plain, with the gradient of the bias. kByTile: as Scores::for_operands says.
+  // dp becomes ds; the gradient of the bias is added up. kByTile: as Scores::for_operands says.
   template <bool kByTile>
-  TFORMER_DEVICE void differentiate_general(int key0, bool all_visible, const R (&lse)[kLaneRows],
-                                            const R (&delta)[kLaneRows], R (&s)[kLaneRows][kKeys / 4],
-                                            R (&dp)[kLaneRows][kKeys / 4], R (&dbias)[kLaneRows]) const {
+  TFORMER_DEVICE void differentiate(int key0, bool all_visible, const R (&lse)[kLaneRows], const R (&delta)[kLaneRows],
+                                    R (&s)[kLaneRows][kKeys / 4], R (&dp)[kLaneRows][kKeys / 4],
+                                    R (&dbias)[kLaneRows]) const {
     const int lane_key0 = key0 + P::first_column();
     if constexpr (kByTile) {
       scores.add_operands(s, [&](int r, int c) { return Pair{row0 + P::row(r), lane_key0 + P::column_offset(c)}; });
@@ -205,14 +171,14 @@ struct AttentionQueryGradients {
           const Pair of = scores.nearest({i, lane_key0 + j});
           x = scores.score(x, of.i, of.j, cap);
         }
-        const auto g = differentiate(scores, x, cap, dp[r][c], lse[r], delta[r], factor, visible);
+        const auto g = gpu::differentiate(scores, x, cap, dp[r][c], lse[r], delta[r], factor, visible);
         dp[r][c] = g.ds;
         if (visible) add_grad_bias(i, lane_key0 + j, g.dbias, dbias[r]);
       }
     }
   }
 
-  TFORMER_DEVICE bool wants_bias() const { return !kPlain && p.grad_bias && call.bias_has_rows; }
+  TFORMER_DEVICE bool wants_bias() const { return p.grad_bias && call.bias_has_rows; }
   TFORMER_DEVICE R& grad_bias_at(int i, int j) const {
     const int64_t* stride = p.grad_bias_stride;
     return static_cast<R*>(
@@ -244,7 +210,7 @@ struct AttentionQueryGradients {
     const unsigned suspects = suspect_rows<P>(dq);
     P::put(dq, q, first);
     q.store(first, kWarpRows, row_at<T>(p.grad_q, b, h, seq.q_begin + row0), p.grad_q.stride[2], seq.Sq - row0,
-            static_cast<int>(p.D), kPlain || call.aligned);
+            static_cast<int>(p.D), call.aligned);
     for (int n = 0; n < kWarpRows; ++n) {
       if (suspects >> n & 1 && row0 + n < seq.Sq) redo_grad_query(p, scores, seq, b, h, kv_head, row0 + n);
     }

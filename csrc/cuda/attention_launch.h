@@ -51,14 +51,18 @@ constexpr int64_t one_pass_width(const AttentionCall& call) {
   const int64_t width = call.p.D > call.p.Dv ? call.p.D : call.p.Dv;
   return width <= 64 ? 64 : width <= 128 ? 128 : 256;
 }
+// 16-bit elements have kernels of their own for these.
+constexpr bool is_plain(const AttentionCall& call) { return call.plain && call.p.dropout_p == 0 && call.aligned; }
+
 // Which calls it takes: 16-bit elements; no gradient of a bias, or one whose entries belong to one pair each. Above
-// width 128 a block needs so much shared memory.
-constexpr size_t kOnePassWideBytes = size_t{146} << 10;
+// width 128, and above 64 what is not plain, a block needs so much shared memory.
+constexpr size_t kOnePassBytes = size_t{148} << 10;
 constexpr bool goes_in_one_pass(const AttentionCall& call, size_t shared_bytes) {
   const AttentionParams& p = call.p;
   const bool sums_bias = p.grad_bias && (!call.bias_has_rows || p.grad_bias_stride[3] == 0 ||
                                          call.parts * call.shared_batches * call.shared_heads > 1);
-  const bool fits = one_pass_width(call) <= 128 || shared_bytes >= kOnePassWideBytes;
+  const int64_t width = one_pass_width(call);
+  const bool fits = width == 64 || (width == 128 && is_plain(call)) || shared_bytes >= kOnePassBytes;
   return (p.dtype == DType::bf16 || p.dtype == DType::f16) && fits && !sums_bias;
 }
 
