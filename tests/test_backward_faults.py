@@ -29,11 +29,8 @@ ONLY_THESE = {
     for width, expression in (("narrow", "decltype(width)::value == 64 ? 64 : 128"), ("wide", "256"))
 }
 ONLY_THESE["portable"] = [
-    ("return is_plain(call.call) ? with(Plain<true>{}) : with(Plain<false>{});", "return with(Plain<true>{});"),
-    ("    if (one_pass_width(call.call) == 64) return", "    if constexpr (kPlain) return"),
-    ("    if (one_pass_width(call.call) == 256) {", "    else {"),
-    ("if (shared_bytes < kOnePassBytes) return launch_one_pass_kernels<T, 128, 64, kPlain>(call, stream);", ""),
-    ("    return launch_one_pass_kernels<T, 128, 128, kPlain>(call, stream);\n", ""),
+    ("constexpr int kWidth = decltype(width)::value, kKeys", "constexpr int kWidth = 64, kKeys"),
+    ("constexpr bool kPlain = decltype(plain)::value;", "constexpr bool kPlain = true;"),
     ("  return for_width(call, [&]", "  return [](auto&&...) { return Status{1}; }(call, [&]"),
     ("  return for_width(given, [&]", "  return [](auto&&...) { return Status{1}; }(given, [&]"),
 ]

@@ -24,20 +24,15 @@ Status launch_one_pass_kernels(OnePassCall call, Stream stream) {
 // sm_120), which goes_in_one_pass grants to plain calls alone.
 template <class T>
 Status launch_one_pass(const OnePassCall& call, size_t shared_bytes, Stream stream) {
-  const auto with = [&](auto kind) {
-    constexpr bool kPlain = decltype(kind)::value;
-    if (one_pass_width(call.call) == 64) return launch_one_pass_kernels<T, 64, 128, kPlain>(call, stream);
-    if (one_pass_width(call.call) == 256) {
-      static_assert(AttentionGradients<T, 256, 64, kPlain>::kSharedBytes <= kOnePassBytes);
-      return launch_one_pass_kernels<T, 256, 64, kPlain>(call, stream);
+  return for_kernel<T>(call.call, [&](auto width, auto plain) {
+    constexpr int kWidth = decltype(width)::value, kKeys = kWidth <= 128 ? 128 : 64;
+    constexpr bool kPlain = decltype(plain)::value;
+    static_assert(kWidth == 64 || AttentionGradients<T, kWidth, kKeys, kPlain>::kSharedBytes <= kOnePassBytes);
+    if constexpr (kWidth == 128 && kPlain) {
+      if (shared_bytes < kOnePassBytes) return launch_one_pass_kernels<T, kWidth, 64, kPlain>(call, stream);
     }
-    static_assert(AttentionGradients<T, 128, 128, kPlain>::kSharedBytes <= kOnePassBytes);
-    if constexpr (kPlain) {
-      if (shared_bytes < kOnePassBytes) return launch_one_pass_kernels<T, 128, 64, kPlain>(call, stream);
-    }
-    return launch_one_pass_kernels<T, 128, 128, kPlain>(call, stream);
-  };
-  return is_plain(call.call) ? with(Plain<true>{}) : with(Plain<false>{});
+    return launch_one_pass_kernels<T, kWidth, kKeys, kPlain>(call, stream);
+  });
 }
 
 template <class Kernel>
