@@ -54,6 +54,8 @@ ISA_FLAGS = {
     "avx512bf16": AVX512BF16,
     "amxbf16": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
 }
+# An ISA that adds products of bfloat16 to another one has kernels of its own for these only.
+ISA_EXTENDS = {"avx512bf16": "avx512", "amxbf16": "avx512bf16"}
 
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
 # FMA contraction, no errno and no traps are free speed. Never -ffast-math: NaN and infinity have a meaning.
@@ -203,18 +205,22 @@ class Build(cpp_extension.BuildExtension):
         debug += [f"-fsanitize={name}" for name in self.sanitizers]  # the last of two contradicting flags wins
         host_flags = [*COMMON_FLAGS, "-O2", *TORCH_MACROS, *system_include_flags(), *debug]
         host_flags.append(f"-DTFORMER_FOR_EACH_ISA(X)={' '.join(f'X({isa})' for isa in isas)}")
-        groups = [
-            Group(isa, KERNEL_SOURCES, [*COMMON_FLAGS, *KERNEL_FLAGS, *flags, f"-DTFORMER_ISA={isa}", *debug])
-            for isa, flags in isas.items()
-        ]
+        groups = []
+        for isa, flags in isas.items():
+            names = [f"-DTFORMER_ISA={isa}"]
+            if isa in ISA_EXTENDS:
+                names.append(f"-DTFORMER_EXTENDS={ISA_EXTENDS[isa]}")
+            groups.append(Group(isa, KERNEL_SOURCES, [*COMMON_FLAGS, *KERNEL_FLAGS, *flags, *names, *debug]))
         if self.cuda_toolkit:
             host_flags += ["-DUSE_CUDA", "-isystem", f"{self.cuda_toolkit}/include"]
             groups += self.cuda_groups(host_flags)
             # Static: a shared cudart would tie us to one CUDA major version and break imports under a CPU torch.
             ext.extra_link_args += [f"-L{self.cuda_toolkit}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
-            for objects in pool.map(self.compile, groups):
-                ext.extra_objects += objects
+            longest_first = sorted(reversed(groups), key=lambda group: group.name in ISA_EXTENDS)
+            compiled = {group.name: pool.submit(self.compile, group) for group in longest_first}
+            for group in groups:
+                ext.extra_objects += compiled[group.name].result()
         ext.sources.append(self.write_build_info(isas, debug))
         ext.extra_compile_args = host_flags
         ext.extra_link_args += debug

@@ -190,7 +190,7 @@ struct AttentionGradientRows {
             if constexpr (kFused) {
               weight[n][v] = exp2_of_fraction(score * to_exp2 + shift[n]);
             } else {
-              weight[n][v] = exp2_vec<float, T>((score * pending - shift[n]) * kLog2e<float>);
+              weight[n][v] = exp2_vec<float, sizeof(T) == 2>((score * pending - shift[n]) * kLog2e<float>);
             }
             F dweight = load(dp_rows + n * kKeys + key);
             F kept = weight[n][v];
@@ -268,7 +268,7 @@ struct AttentionGradientRows {
     const auto differentiate = [&](auto plain) TFORMER_LAMBDA {  // nothing but p and ds
       for (int64_t j = seen.begin; j < seen.end; j += L) {
         const Vec<Real> score = load(x + j);
-        const Vec<Real> weight = exp2_vec<Real, T>((score * pending - shift) * kLog2e<Real>);
+        const Vec<Real> weight = exp2_vec<Real, sizeof(T) == 2>((score * pending - shift) * kLog2e<Real>);
         Vec<Real> dweight = load(g + j), dropped = weight;
         if (!plain && p.dropout_p > 0) {
           dweight *= load(keep + j);

@@ -14,7 +14,7 @@ template <class T, class P>
 struct AttentionRowTiles {
   using Real = typename P::Real;
   using Group = typename P::Group;
-  using State = OnlineSoftmax<T, P>;
+  using State = OnlineSoftmax<sizeof(T) == 2, P>;
   using Product = ProductOperands<P>;
   using Results = IntoRows<P, T>;
   static constexpr int L = kLanes<Real>, kTileRows = P::kTileRows, kTileColumns = P::kTileColumns, kSlices = P::kSlices;

@@ -7,7 +7,7 @@
 namespace tformer::TFORMER_ISA {
 namespace {
 
-constexpr int64_t kScoreBytes = 24 * 1024, kPackedBytes = (TFORMER_HAS_TILES ? 1024 : 512) * 1024;
+constexpr int64_t kScoreBytes = 24 * 1024;
 
 // Keys of one range: packed keys and values within half of L2, 1 MB or 2 MB where there are tile registers; and of one
 // stretch of it: scores of a row tile within 24 KB of L1. A row tile of vectors takes a range as one stretch. In tile
@@ -18,6 +18,7 @@ struct ForwardKeys {
 
   explicit ForwardKeys(const AttentionParams& p) {
     const int64_t size = sizeof(typename P::Real), strip = P::kTileColumns * kLanes<typename P::Real>;
+    constexpr int64_t kPackedBytes = (P::kTiles ? 1024 : 512) * 1024;
     const int64_t all = round_up(p.Sk > 0 ? p.Sk : 1, kKeyBlock), strips = (p.Dv + strip - 1) / strip;
     range = blocks(kPackedBytes * P::kStep / ((p.D + p.Dv) * size * P::kSlices), all);
     stretch = blocks(P::kTiles ? kKeyBlock * (strips < 4 ? strips : 4) : kScoreBytes / (P::kTileRows * size), range);

@@ -1,4 +1,5 @@
-// The kernels of one ISA: compiled once for each, with its -m flags and its name as TFORMER_ISA.
+// The kernels of one ISA: compiled once for each, with its -m flags and its name as TFORMER_ISA. TFORMER_EXTENDS, if
+// defined, names an ISA of the same vectors, whose kernels serve wherever this one has nothing to add.
 #include <type_traits>
 #include <utility>
 
@@ -8,8 +9,29 @@
 #include "ceilings.h"
 #include "residual_norm.h"
 
+#ifdef TFORMER_EXTENDS
+namespace tformer::TFORMER_EXTENDS {
+extern const CpuKernels kernels;
+}
+#endif
+
 namespace tformer::TFORMER_ISA {
 namespace {
+
+#ifdef TFORMER_EXTENDS
+constexpr const CpuKernels* kExtended = &TFORMER_EXTENDS::kernels;
+constexpr bool kExtends = true;
+#else
+constexpr const CpuKernels* kExtended = nullptr;
+constexpr bool kExtends = false;
+#endif
+
+// Whether this ISA has attention of its own in products of the kind P, residual norms of its own for T: an extending
+// ISA adds products of bf16, and with the first such, narrowing to it.
+template <class P>
+constexpr bool kHasAttention = !kExtends || !std::is_same_v<P, Wide<typename P::Real>>;
+template <class T>
+constexpr bool kHasNorms = !kExtends || (std::is_same_v<T, bf16> && !TFORMER_HAS_TILES);
 
 // f(element of type T) for the type that dtype names.
 template <class F>
@@ -26,41 +48,54 @@ auto for_dtype(DType dtype, F&& f) {
   }
 }
 
-// f(element, pack) for what products of p are made with.
-template <class F>
-auto for_products(const AttentionParams& p, F&& f) {
+// f(element, pack) for what products of p are made with; or what kFunction of the ISA extended does.
+template <auto kFunction, class F, class... Rest>
+auto for_products(F&& f, const AttentionParams& p, const Rest&... rest) {
   return for_dtype(p.dtype, [&](auto x) {
     using T = decltype(x);
+    const auto with = [&](auto pack) {
+      if constexpr (kHasAttention<decltype(pack)>) {
+        return f(x, pack);
+      } else {
+        return (kExtended->*kFunction)(p, rest...);
+      }
+    };
     if constexpr (!std::is_same_v<SplitPack<T>, Pack<T>>) {
-      if (p.split) return f(x, SplitPack<T>{});
+      if (p.split) return with(SplitPack<T>{});
     }
-    return f(x, Pack<T>{});
+    return with(Pack<T>{});
   });
 }
 
-template <class F>
-auto for_norm_types(const NormParams& p, F&& f) {
+// Likewise f(element of x, element of the sum).
+template <auto kFunction, class F, class... Rest>
+auto for_norm_types(F&& f, const NormParams& p, const Rest&... rest) {
   return for_dtype(p.dtype, [&](auto x) {
-    using T = decltype(x);
-    if (sizeof(T) == 2 && p.sum_dtype == DType::f32) return f(x, float{});
-    return f(x, x);
+    if constexpr (kHasNorms<decltype(x)>) {
+      if (sizeof(x) == 2 && p.sum_dtype == DType::f32) return f(x, float{});
+      return f(x, x);
+    } else {
+      return (kExtended->*kFunction)(p, rest...);
+    }
   });
 }
 
 void attention_forward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
-  for_products(
-      p, [&](auto x, auto pack) { AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t); });
+  for_products<&CpuKernels::attention_forward>(
+      [&](auto x, auto pack) { AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t); }, p, t,
+      scratch);
 }
 
 void attention_merge(const AttentionParams& p, const AttentionTask& t, void* scratch) {
-  for_products(
-      p, [&](auto x, auto pack) { AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).merge(t); });
+  for_products<&CpuKernels::attention_merge>(
+      [&](auto x, auto pack) { AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).merge(t); }, p, t,
+      scratch);
 }
 
 size_t attention_forward_scratch(const AttentionParams& p, const AttentionTask& t) {
-  return for_products(p, [&](auto x, auto pack) {
-    return AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(nullptr)).bytes;
-  });
+  return for_products<&CpuKernels::attention_forward_scratch>(
+      [&](auto x, auto pack) { return AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(nullptr)).bytes; }, p,
+      t);
 }
 
 double attention_sink_gradient_of(const AttentionParams& p, int64_t b, int64_t h) {
@@ -68,24 +103,27 @@ double attention_sink_gradient_of(const AttentionParams& p, int64_t b, int64_t h
 }
 
 void attention_backward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
-  for_products(
-      p, [&](auto x, auto pack) { AttentionBackward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t); });
+  for_products<&CpuKernels::attention_backward>(
+      [&](auto x, auto pack) { AttentionBackward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t); }, p, t,
+      scratch);
 }
 
 size_t attention_backward_scratch(const AttentionParams& p, const AttentionTask& t) {
-  return for_products(p, [&](auto x, auto pack) {
-    return AttentionBackward<decltype(x), decltype(pack)>(p, t, Scratch(nullptr)).bytes;
-  });
+  return for_products<&CpuKernels::attention_backward_scratch>(
+      [&](auto x, auto pack) { return AttentionBackward<decltype(x), decltype(pack)>(p, t, Scratch(nullptr)).bytes; },
+      p, t);
 }
 
 void norm_forward(const NormParams& p, int64_t begin, int64_t end, void* scratch) {
-  for_norm_types(
-      p, [&](auto x, auto r) { ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).forward(begin, end); });
+  for_norm_types<&CpuKernels::norm_forward>(
+      [&](auto x, auto r) { ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).forward(begin, end); }, p,
+      begin, end, scratch);
 }
 
 void norm_backward(const NormParams& p, int64_t chunk, void* scratch) {
-  for_norm_types(p,
-                 [&](auto x, auto r) { ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).backward(chunk); });
+  for_norm_types<&CpuKernels::norm_backward>(
+      [&](auto x, auto r) { ResidualNorm<decltype(x), decltype(r)>(p, Scratch(scratch)).backward(chunk); }, p, chunk,
+      scratch);
 }
 
 void norm_sum(DType dtype, const void* partial, int64_t chunks, int64_t N, DType out_dtype, void* out) {
@@ -97,8 +135,8 @@ void norm_sum(DType dtype, const void* partial, int64_t chunks, int64_t N, DType
 }
 
 size_t norm_scratch(const NormParams& p) {
-  return for_norm_types(
-      p, [&](auto x, auto r) { return ResidualNorm<decltype(x), decltype(r)>(p, Scratch(nullptr)).bytes; });
+  return for_norm_types<&CpuKernels::norm_scratch>(
+      [&](auto x, auto r) { return ResidualNorm<decltype(x), decltype(r)>(p, Scratch(nullptr)).bytes; }, p);
 }
 
 double fma_operations_of(DType dtype, int64_t rounds) {

@@ -14,7 +14,8 @@ constexpr Real kInfinity = static_cast<Real>(__builtin_inf());
 // score: it is left as it is until a score exceeds it by so much that a weight passes e^kSlack, which loses no accuracy
 // and saves what a new m costs. What takes a row's lanes together is done for all rows at once, so that the latencies
 // overlap.
-template <class T, class P>
+// k16Bits: the outputs have 16 bits.
+template <bool k16Bits, class P>
 struct OnlineSoftmax {
   using Real = typename P::Real;
   using Group = typename P::Group;
@@ -65,7 +66,7 @@ struct OnlineSoftmax {
     const Vec<Real> shift = splat(shift_of(r));
     const Real to_exp2 = scale * kLog2e<Real>;
     const auto weight = [&](int64_t j, int c) TFORMER_LAMBDA {
-      const Vec<Real> w = exp2_vec<Real, T>((load(s + j) - shift) * to_exp2);
+      const Vec<Real> w = exp2_vec<Real, k16Bits>((load(s + j) - shift) * to_exp2);
       sum[c] += w;
       return w;
     };
@@ -119,7 +120,7 @@ struct OnlineSoftmax {
       const Vec<Real> shift = splat(shift_of(r));
 #pragma GCC unroll 4
       for (int n = 0; n < kColumns; ++n) {
-        acc[r][n] = exp2_vec<Real, T>((acc[r][n] - shift) * to_exp2);
+        acc[r][n] = exp2_vec<Real, k16Bits>((acc[r][n] - shift) * to_exp2);
         P::store_along(weights + r * weights_row + n * L / P::kStep, acc[r][n]);
       }
       Vec<Real> sum[kChains] = {};  // in the order of weigh
@@ -141,7 +142,7 @@ struct OnlineSoftmax {
       F weight[2];
       for (int i = 0; i < 2; ++i) {
         const F score = load(s + j + i * L);
-        weight[i] = fused ? weight_in_tiles(score, start, by) : exp2_vec<float, T>((score - from) * by.to_exp2);
+        weight[i] = fused ? weight_in_tiles(score, start, by) : exp2_vec<float, k16Bits>((score - from) * by.to_exp2);
         l[r] += weight[i];
         if (!weights) store(s + j + i * L, weight[i]);
       }
@@ -237,7 +238,7 @@ struct OnlineSoftmax {
   static TFORMER_INLINE F weight_in_tiles(F score, F start, const Scaling& by) {
     const F power = score * by.to_exp2 + start;
     if constexpr (P::kSlices == 1) return exp2_of_fraction(power);
-    return exp2_vec<float, T>(power);
+    return exp2_vec<float, k16Bits>(power);
   }
 #endif
   TFORMER_INLINE Real limit_of(int64_t r, Real scale) const { return m[r] + kSlack / scale; }

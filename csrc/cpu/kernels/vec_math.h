@@ -63,12 +63,12 @@ TFORMER_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[kCount]) {
 }
 
 // 2^x, for x <= 127 (1023 for double). 0 for -inf; NaN stays NaN. The rounding error of a large x shows in the result,
-// but only where 2^x is small. Precision: the type that results are rounded to in the end.
-template <class T, class Precision = T>
+// but only where 2^x is small. kFor16Bits: results are rounded to a 16-bit type in the end.
+template <class T, bool kFor16Bits = false>
 TFORMER_INLINE Vec<T> exp2_vec(Vec<T> x) {
   using M = MathConstants<T>;
   const auto power_of_fraction = [](Vec<T> f) TFORMER_LAMBDA {
-    if constexpr (sizeof(Precision) == 2) {
+    if constexpr (kFor16Bits) {
       return polynomial<T>(f, M::kExp2For16Bits);
     } else {
       return polynomial<T>(f, M::kExp2);
