@@ -52,7 +52,7 @@ OnDevice::OnDevice(const Tensor& t) {
   }
   device_ = &device_at(index);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   stream_ = {stream, index};
 }
 
