@@ -28,7 +28,7 @@ def place_attention(operands):
     placements = _check_attention(mesh, query, key, value)
     others = [_as_dtensor(t, mesh) for t in others]
     if seed is not None:
-        query, key, value = (t.redistribute(mesh, placements) for t in (query, key, value))
+        query, key, value = (_placed(t, mesh, placements) for t in (query, key, value))
         seed = _seeds(seed, mesh, placements)
     return query, key, value, *others, seed, *operands[11:]
 
@@ -41,9 +41,14 @@ def place_norm(x, residual, weight, bias, seed):
     residual, weight, bias = (_as_dtensor(t, mesh) for t in (residual, weight, bias))
     placements = _check_norm(mesh, x, residual)
     if seed is not None:
-        x, residual = (None if t is None else t.redistribute(mesh, placements) for t in (x, residual))
+        x, residual = (None if t is None else _placed(t, mesh, placements) for t in (x, residual))
         seed = _seeds(seed, mesh, placements)
     return x, residual, weight, bias, seed
+
+
+def _placed(t, mesh, placements):
+    """Redistributed, but only where it is not so already: torch 2.11 does not differentiate that twice."""
+    return t if t.placements == tuple(placements) else t.redistribute(mesh, placements)
 
 
 def _as_dtensor(t, mesh):

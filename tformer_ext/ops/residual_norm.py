@@ -227,9 +227,8 @@ class ResidualNormBackward(torch.autograd.Function):
         eps, dropout_p, rms, x_dtype, residual_dtype, bias_dtype = ctx.numbers
         if all(g is None for g in (grad_grad_x, grad_grad_residual, grad_grad_weight, grad_grad_bias)):
             return (None,) * 13
-        shape, N = grad_y.shape, grad_y.shape[-1]
-        rows = [None if t is None else t.reshape(-1, N) for t in (grad_y, grad_sum, total)]
-        inputs = [None if t is None else t.detach().requires_grad_() for t in (*rows, weight)]
+        # never flattened to (M, N): a DTensor that is cut along a dimension in between cannot be
+        inputs = [None if t is None else t.detach().requires_grad_() for t in (grad_y, grad_sum, total, weight)]
         gy, gs, h, w = inputs
         wide = _statistics_dtype(x_dtype)
         with torch.enable_grad():
@@ -243,17 +242,18 @@ class ResidualNormBackward(torch.autograd.Function):
             if dropout_p > 0:
                 if is_dtensor(total):
                     raise NotImplementedError("x: second derivatives with dropout are for plain tensors, got a DTensor")
-                kept = norm_dropout_mask(seed, *h.shape, dropout_p, device=h.device)
+                N = h.shape[-1]
+                kept = norm_dropout_mask(seed, h.numel() // N, N, dropout_p, device=h.device).view(h.shape)
                 dh = dh * (kept.to(wide) * keep_scale(dropout_p))
             pairs.append((grad_grad_x, dh))
             pairs += [(grad_grad_weight, g) for g in dw]
             if bias_dtype is not None:
-                pairs.append((grad_grad_bias, gy.to(wide).sum(0)))
-            inner = sum((gg.reshape(g.shape).to(g.dtype) * g).sum() for gg, g in pairs if gg is not None)
+                row_dims = tuple(range(gy.dim() - 1))
+                pairs.append((grad_grad_bias, gy.to(wide).sum(row_dims) if row_dims else gy.to(wide)))
+            inner = sum((gg.to(g.dtype) * g).sum() for gg, g in pairs if gg is not None)
             present = [t for t in inputs if t is not None]
             seconds = iter(torch.autograd.grad(inner, present, allow_unused=True))
-        *by_row, grad_weight = (None if t is None else next(seconds) for t in inputs)
-        grad_y, grad_sum, total = (None if g is None else g.view(shape) for g in by_row)
+        grad_y, grad_sum, total, grad_weight = (None if t is None else next(seconds) for t in inputs)
         return grad_y, grad_sum, total, None, None, grad_weight, *(None,) * 7
 
     @staticmethod
