@@ -61,6 +61,19 @@ def test_kernel_objects_define_no_weak_symbols(isa):
         assert not [line for line in lines if line.split()[1] in "WVu"]
 
 
+@needs_nm
+@pytest.mark.parametrize("isa, extended", [("avx512bf16", "avx512"), ("amxbf16", "avx512bf16")])
+def test_extending_isas_leave_the_rest_to_another(isa, extended):
+    """They refer to its table, and have no kernels for float64."""
+    if isa not in _C.built_isas():
+        pytest.skip(f"{isa} is not compiled in")
+    (file,) = (build_folder() / isa).rglob("*.o")
+    assert any(f"tformer::{extended}::kernels" in line for line in symbols(file, "--undefined-only"))
+    assert not [line for line in symbols(file, "--defined-only") if "AttentionForward<double" in line]
+    (other,) = (build_folder() / "avx512").rglob("*.o")
+    assert [line for line in symbols(other, "--defined-only") if "AttentionForward<double" in line]
+
+
 @needs_sources
 def test_headers_are_tracked():
     """ninja's own record of which headers each object was compiled from."""
