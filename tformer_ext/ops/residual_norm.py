@@ -242,8 +242,8 @@ class ResidualNormBackward(torch.autograd.Function):
             if dropout_p > 0:
                 if is_dtensor(total):
                     raise NotImplementedError("x: second derivatives with dropout are for plain tensors, got a DTensor")
-                N = h.shape[-1]
-                kept = norm_dropout_mask(seed, h.numel() // N, N, dropout_p, device=h.device).view(h.shape)
+                M, N = h.shape[:-1].numel(), h.shape[-1]
+                kept = norm_dropout_mask(seed, M, N, dropout_p, device=h.device).view(h.shape)
                 dh = dh * (kept.to(wide) * keep_scale(dropout_p))
             pairs.append((grad_grad_x, dh))
             pairs += [(grad_grad_weight, g) for g in dw]
