@@ -110,14 +110,21 @@ def cuda_toolkit_from_environment():
 
 
 def cuda_archs_from_environment():
-    """{machine code: nvcc flag} of the GPUs to compile for: {"sm_80": "-gencode=arch=compute_80,code=sm_80"}, say."""
-    setting, flags = os.environ.get("TFORMER_CUDA_ARCHS") or CUDA_ARCHS, {}
+    """{machine code: nvcc flag} of the GPUs to compile for: {"sm_80": "-gencode=arch=compute_80,code=sm_80"}, say.
+
+    All comes from the PTX of the oldest GPU, which is compiled once: no source asks for __CUDA_ARCH__, and of what a
+    newer one alone has only csrc/cuda/hopper makes use.
+    """
+    setting, numbers, with_ptx = os.environ.get("TFORMER_CUDA_ARCHS") or CUDA_ARCHS, [], False
     for word in setting.split(","):
         number, plus, ptx = word.strip().partition("+")
         if not number.isdigit() or int(number) < 80 or (plus and ptx != "PTX"):
             raise SystemExit(f"TFORMER_CUDA_ARCHS: expected numbers from 80, like {CUDA_ARCHS}, got {setting!r}")
-        for code in (f"sm_{number}", *([f"compute_{number}"] if plus else [])):
-            flags[code] = f"-gencode=arch=compute_{number},code={code}"
+        numbers.append(int(number))
+        with_ptx = with_ptx or bool(plus)
+    ptx = f"compute_{min(numbers)}"
+    codes = [*(f"sm_{number}" for number in numbers), *([ptx] if with_ptx else [])]
+    flags = {code: f"-gencode=arch={ptx},code={code}" for code in codes}
     if "sm_90" in flags:
         flags["sm_90a"] = "-gencode=arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper, and nothing else
     return flags

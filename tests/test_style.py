@@ -75,6 +75,13 @@ def test_isa_macros_stay_in_the_vector_headers():
     assert not lines_with(r"__AVX|__AMX|__FMA__|__F16C__|__SSE", files)
 
 
+def test_cuda_sources_are_the_same_for_every_gpu():
+    """setup.py makes the machine code of all from one PTX."""
+    files = [file for file in source_files(".h", ".cu") if ROOT / "csrc/cuda" in file.parents]
+    assert len(files) > 3
+    assert not lines_with(r"__CUDA_ARCH", files)
+
+
 def test_no_loose_ends():
     assert not lines_with(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b", source_files(*CODE))
 

@@ -23,6 +23,6 @@ def measure_ceiling(kind: str, dtype: str, seconds: float = 0.02) -> float:
 def build_info() -> dict[str, Any]:
     """How this was built: version, commit, torch, cuda, sanitize, flags (per instruction set), compiler.
 
-    cuda lists what the CUDA kernels were compiled to, such as sm_90, or compute_90, which the drivers of newer GPUs
+    cuda lists what the CUDA kernels were compiled to, such as sm_90, or compute_80, which the drivers of newer GPUs
     compile; it is empty in a build without them.
     """
