@@ -190,7 +190,10 @@ def git_commit():
 
 
 class Build(cpp_extension.BuildExtension):
-    """BuildExtension with several groups of flags and a folder of objects that is kept between builds."""
+    """BuildExtension with several groups of flags and a folder of objects that is kept between builds.
+
+    A build with CUDA and one without share the objects of kernels; those of the host's files differ.
+    """
 
     def finalize_options(self):
         super().finalize_options()
@@ -201,7 +204,8 @@ class Build(cpp_extension.BuildExtension):
         parts = [sys.implementation.cache_tag, f"torch{torch.__version__}", *self.sanitizers]
         if Path(torch.__file__).is_relative_to(tempfile.gettempdir()):
             parts.append("isolated")  # pip's throw-away environment: its paths, and so all commands, differ every time
-        self.build_temp = os.path.join("build", "-".join(parts))
+        self.objects = os.path.join("build", "-".join(parts))
+        self.build_temp = os.path.join(self.objects, "host-cuda" if self.cuda_toolkit else "host")
         self.force = True  # ninja knows what is up to date, setuptools would not see changed flags
 
     def build_extension(self, ext):
@@ -232,12 +236,12 @@ class Build(cpp_extension.BuildExtension):
         ext.extra_compile_args = host_flags
         ext.extra_link_args += debug
         super().build_extension(ext)
-        if "isolated" not in self.build_temp:
+        if "isolated" not in self.objects:
             self.write_compile_commands()
 
     def compile(self, group):
         """Objects of a group, compiled by torch's ninja wrapper into a folder of the group's name."""
-        folder = os.path.join(self.build_temp, group.name)
+        folder = os.path.join(self.objects, group.name)
         return self.compiler.compile(
             group.sources, output_dir=folder, include_dirs=[str(ROOT / "csrc")], extra_postargs=list(group.flags)
         )
@@ -282,7 +286,7 @@ class Build(cpp_extension.BuildExtension):
     def write_compile_commands(self):
         """build/compile_commands.json, where clangd and clang-tidy find it: the commands of all groups together."""
         commands = []
-        for file in sorted(Path(self.build_temp).rglob("build.ninja")):
+        for file in sorted(Path(self.objects).rglob("build.ninja")):
             result = subprocess.run(["ninja", "-C", file.parent, "-t", "compdb"], capture_output=True, check=True)
             commands += json.loads(result.stdout)
         Path("build/compile_commands.json").write_text(json.dumps(commands, indent=1))

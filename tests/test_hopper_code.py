@@ -47,7 +47,7 @@ def compiled():
     @functools.cache
     def find(direction, dtype):
         name = f"attention_{direction}_{dtype}"
-        (target,) = ROOT.glob(f"build/**/sm_90a/**/{name}.o")
+        (target,) = ROOT.parent.glob(f"*/cuda/sm_90a/**/{name}.o")
         steps = re.split(r"^\[\d+/\d+\] ", RECORD.read_text(), flags=re.MULTILINE)
         (said,) = (step for step in steps if f"hopper/{name}.cu" in step)
         return target, said
