@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMEOUT = 240.0
 # One process imports all this and is forked for each rank; it has started no threads.
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "tformer_ext", "pytest"]
 )
 
@@ -83,9 +83,9 @@ class Ranks:
         self.folder = tempfile.TemporaryDirectory()
         self.pipes = []
         for rank in range(self.world):
-            ours, theirs = _CONTEXT.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             arguments = (rank, self.world, self.folder.name, theirs)
-            process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
+            process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)

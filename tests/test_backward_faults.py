@@ -1,14 +1,20 @@
 """Faults planted in the source of the backward kernels whose blocks add to the same sums: the emulation finds each."""
 
-import os
-import subprocess
-import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
+from cases import gradients, in_dtype
+from emulation import build
+from emulation.library import AMPERE, HOPPER, Emulation
+from hopper_cases import BACKWARD_CASES, backward_inputs
+from ranks import CONTEXT
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
+from tformer_ext import functional as F
+from tformer_ext.ops import attention
+
+ROOT = Path(__file__).resolve().parent.parent
 HEADERS = {
     "portable": "attention_dqkv.h",
     "narrow": "hopper/attention_backward.h",
@@ -110,36 +116,41 @@ WIDE_FAULTS = {
 }
 FAULTS_OF = {"portable": PORTABLE_FAULTS, "narrow": FAULTS, "wide": WIDE_FAULTS}
 ALL_FAULTS = [(width, name) for width, faults in FAULTS_OF.items() for name in faults]
-RUN = """
-import sys
-import torch
-from emulation.library import AMPERE, HOPPER, Emulation
-from hopper_cases import BACKWARD_CASES, backward_inputs
-from cases import gradients, in_dtype
-from tformer_ext import functional as F
-from tformer_ext.ops import attention
 
-emulation, expected = Emulation(sys.argv[1]), {}
-kernels, cases = sys.argv[2], sys.argv[3:]
-emulation.set_device(AMPERE) if kernels == "portable" else emulation.set_device(HOPPER, hopper_kernels=True)
-for step in ("forward", "backward"):
-    setattr(attention, f"_{step}", getattr(torch.ops.tformer_emulated, f"_attention_{step}").default)
-for case in BACKWARD_CASES:
-    if case.name not in cases:
-        continue
-    qkv, options, cotangents = backward_inputs(case, torch.bfloat16)
-    leaves = in_dtype(qkv, options, torch.bfloat16, True)
-    expected = gradients(F.attention, *in_dtype(qkv, options, torch.float64, True), cotangents)[1]
+
+def find(library, width, orders, said):
+    """In a process of its own: what is wrong with the gradients of a library, by so many orders of its threads, goes to
+    the file `said`."""
+    try:
+        torch.set_num_threads(1)
+        cases = [backward_inputs(case, torch.bfloat16) for case in BACKWARD_CASES if case.name in CASES[width]]
+        assert len(cases) == len(CASES[width])
+        golden = [gradients_in(torch.float64, *case) for case in cases]  # by the CPU's kernels
+        emulation = Emulation(library)
+        emulation.set_device(*((AMPERE,) if width == "portable" else (HOPPER, True)))
+        for step in ("forward", "backward"):
+            setattr(attention, f"_{step}", getattr(torch.ops.tformer_emulated, f"_attention_{step}").default)
+        for case, expected in zip(cases, golden, strict=True):
+            look(emulation, case, expected, orders)
+    except BaseException:
+        said.write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def look(emulation, case, expected, orders):
     first = None
-    for seed in range(15):
+    for seed in range(orders):
         emulation.set_seed(seed)
         emulation.set_poison(nan=seed % 2 == 1)  # a NaN could be repaired
-        grads = gradients(F.attention, *leaves, cotangents)[1]
+        grads = gradients_in(torch.bfloat16, *case)
         first = first or grads
         for a, b, e in zip(grads, first, expected, strict=True):
             assert torch.equal(a, b), "found: the order shows"
             assert (a.double() - e).norm() < 0.02 * e.norm(), "found: values are wrong"
-"""
+
+
+def gradients_in(dtype, qkv, options, cotangents):
+    return gradients(F.attention, *in_dtype(qkv, options, dtype, True), cotangents)[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,29 +159,30 @@ def needs(emulation_library):
 
 
 def run_changed(folder, width, changes):
-    from emulation import build
-
     shared = (ROOT / "csrc/cuda" / SHARED).read_text()
     header = SHARED if width != "portable" and changes and all(old in shared for old, _ in changes) else HEADERS[width]
     place = "" if width == "portable" else "hopper/"
     launch, kernel = f"{place}attention_backward_launch.h", f"{place}attention_backward_bf16.cu"
     library = build.build_changed(folder, {launch: ONLY_THESE[width], header: changes}, kernel)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN, str(library), width, *CASES[width]]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    said = folder / "said.txt"
+    process = CONTEXT.Process(target=find, args=(library, width, 15 if changes else 4, said))
+    process.start()
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError("no result in 300 s")
+    return process.exitcode, said.read_text() if said.exists() else ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", HEADERS)
 def test_without_a_fault_nothing_is_found(width, tmp_path):
-    result = run_changed(tmp_path, width, [])
-    assert result.returncode == 0, result.stderr
+    assert run_changed(tmp_path, width, []) == (0, "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width, name", ALL_FAULTS)
 def test_fault_is_found(width, name, tmp_path):
-    result = run_changed(tmp_path, width, FAULTS_OF[width][name])
-    last = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
-    assert result.returncode != 0, "the fault was not found"
-    assert "found: " in last or "attention backward" in result.stderr, result.stderr
+    status, said = run_changed(tmp_path, width, FAULTS_OF[width][name])
+    assert status != 0, "the fault was not found"
+    assert "found: " in said.strip().splitlines()[-1] or "attention backward" in said, said
