@@ -87,7 +87,7 @@ def test_norms_agree_with_torch():
 @pytest.mark.parametrize("case", [c for c in CASES if max(c.shape) <= 40 and c.layout != "expanded"], ids=str)
 def test_derivatives(case):
     qkv, _ = tensors(case, torch.float64)
-    leaves, _ = in_dtype([t[:, :, :5, :6] for t in qkv], {}, torch.float64, True)
+    leaves, _ = in_dtype([t[:2, :, :5, :6] for t in qkv], {}, torch.float64, True)
     assert torch.autograd.gradcheck(lambda *t: reference.attention(*t, causal=True, softcap=3.0), leaves)
     assert torch.autograd.gradgradcheck(lambda *t: reference.attention(*t, causal=True), leaves)
 
