@@ -45,12 +45,43 @@ SEQ2SEQS = {
     "Bart": ("BartForConditionalGeneration", SEQ2SEQ),
     "Marian": ("MarianMTModel", SEQ2SEQ),
 }
+EXPERTS = {
+    **SMALL,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+# With attention of their own, or written for eager attention only: masks that are added, is_causal that says nothing.
+EAGER_ONLY = {
+    "Bloom": ("BloomModel", {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "Mpt": ("MptModel", {"vocab_size": 99, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "MPNet": ("MPNetModel", SMALL),
+    "Splinter": ("SplinterModel", SMALL),
+    "GPTNeoXJapanese": ("GPTNeoXJapaneseModel", SMALL),
+    "DeepseekV4": ("DeepseekV4Model", {
+        **EXPERTS, "head_dim": 16, "num_key_value_heads": 1, "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2,
+        "sliding_window": 6, "index_n_heads": 2, "index_head_dim": 16,
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "hash_moe"]}),
+    "Inkling2Text": ("Inkling2TextModel", {
+        **EXPERTS, "num_key_value_heads": 2, "head_dim": 8, "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 6, "rel_extent": 8,
+        "layer_types": ["hybrid_sliding", "hybrid"]}),
+}  # fmt: skip
+EAGER_ONLY_SEQ2SEQS = {
+    "NllbMoe": ("NllbMoeModel", {**SEQ2SEQ, "num_experts": 4, "expert_capacity": 64, "router_jitter_noise": 0.0}),
+    "PegasusX": ("PegasusXModel", {**SEQ2SEQ, "num_global_tokens": 4, "block_size": 8}),
+    "Mvp": ("MvpModel", SEQ2SEQ),
+}
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
+          "image_size": 16, "patch_size": 4}  # fmt: skip
+# Attention of its own for text, chosen when it is built, beside a vision model with the interface.
+GIT = ("GitModel", {**SMALL, "vision_config": VISION, "num_image_with_embedding": None})
 WHISPER = ("WhisperForConditionalGeneration", {
     **SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None,
     "suppress_tokens": None,
 })  # fmt: skip
-VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
-          "image_size": 16, "patch_size": 4}  # fmt: skip
 CLIP = ("CLIPModel", {"text_config": {**SMALL, "projection_dim": 16}, "vision_config": {**VISION, "projection_dim": 16},
                       "projection_dim": 16})  # fmt: skip
 

@@ -8,6 +8,8 @@ transformers = pytest.importorskip("transformers", minversion="5")
 from hf_models import (  # noqa: E402
     CLIP,
     DECODERS,
+    EAGER_ONLY,
+    EAGER_ONLY_SEQ2SEQS,
     ENCODERS,
     SEQ2SEQS,
     VISION,
@@ -65,6 +67,21 @@ def test_encoder_decoders(name, side):
     batch = tokens(side)
     labels = torch.randint(3, 99, (3, 6))
     assert_agree(pair(name, *SEQ2SEQS[name]), batch, torch.ones(3, 6), decoder_input_ids=labels)
+
+
+@pytest.mark.parametrize("name", [*EAGER_ONLY, *EAGER_ONLY_SEQ2SEQS])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_models_that_support_eager_attention_only(name, side):
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip("this version of transformers has no such model")
+    batch, more = tokens(side), {}
+    models = pair(name, *(EAGER_ONLY | EAGER_ONLY_SEQ2SEQS)[name])
+    kept = batch["attention_mask"].bool()
+    if name in EAGER_ONLY_SEQ2SEQS:
+        more["decoder_input_ids"], kept = torch.randint(3, 99, (3, 6)), torch.ones(3, 6).bool()
+    with torch.no_grad():
+        eager, ours = (first_output(m(**batch, **more))[kept] for m in models)
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=2e-5 * max(1.0, eager.abs().max().item()))
 
 
 def test_vision():

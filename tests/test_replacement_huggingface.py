@@ -12,7 +12,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
-from hf_models import CLIP, DECODERS, ENCODERS, GROUPED, SEQ2SEQS, VISION, build, first_output, tokens  # noqa: E402
+from hf_models import CLIP, DECODERS, ENCODERS, GIT, GROUPED, SEQ2SEQS, VISION, build, first_output, tokens  # noqa: E402
 
 import tformer_ext as tx  # noqa: E402
 from tformer_ext import functional as F  # noqa: E402
@@ -65,6 +65,18 @@ def results(model, name, batch):
     out.square().mean().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return out, gradients, [state[kept] for state in states]
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_attention_that_was_chosen_before_gets_the_masks_it_adds(side):
+    model, batch = build("Git", *GIT, "eager"), tokens(side)
+    kept = batch["attention_mask"].bool()
+    with torch.no_grad():
+        stock = model(**batch).last_hidden_state[kept]
+        tx.replace_modules(model)
+        assert model.config._attn_implementation == "tformer_ext"
+        replaced = model(**batch).last_hidden_state[kept]
+    torch.testing.assert_close(replaced, stock, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

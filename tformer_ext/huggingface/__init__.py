@@ -48,6 +48,7 @@ def attention_forward(
     is_causal=None,
     softcap=None,
     s_aux=None,
+    sinks=None,
     sliding_window=None,
     position_bias=None,
     **kwargs,
@@ -55,11 +56,16 @@ def attention_forward(
     """transformers' attention function: query (B, Hq, L, D), key and value (B, Hk, S, D), grouped heads unrepeated.
 
     attention_mask: bool (B, 1 or H, L, S), True = attend, floating (added), or None. softcap (Gemma 2), s_aux (sink
-    logits, GPT-OSS), position_bias (T5) and sliding_window are honoured. Returns ((B, L, Hq, Dv), None).
+    logits (Hq), GPT-OSS), sinks (sink logits (B, Hq, L, 1), Inkling 2), position_bias (T5) and sliding_window are
+    honoured. Returns ((B, L, Hq, Dv), None).
     What cannot be honoured raises NotImplementedError; nothing that would change a number is passed over.
     """
     _refuse_unknown(kwargs)
     L, S = query.shape[2], key.shape[2]
+    if sinks is not None and sinks.shape != (*query.shape[:3], 1):
+        raise NotImplementedError(
+            f"sinks: expected {(*query.shape[:3], 1)}, one of each query, got {tuple(sinks.shape)}"
+        )
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, one for all
         query = query.expand(key.shape[0], -1, -1, -1)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -90,8 +96,12 @@ def attention_forward(
         scale=scaling,
         softcap=0.0 if softcap is None else float(softcap),
         dropout_p=float(dropout or 0.0),
+        return_lse=sinks is not None,
         **options,
     )
+    if sinks is not None:  # one more term e^sink of the softmax's denominator e^lse, for each query its own
+        out, lse = out
+        out = out * torch.sigmoid(lse.unsqueeze(-1) - sinks).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 

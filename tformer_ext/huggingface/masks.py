@@ -1,5 +1,7 @@
 """The masks of transformers as what the kernels skip work by: causal, window, key lengths, padding of keys."""
 
+import inspect
+import sys
 from typing import NamedTuple
 
 import torch
@@ -63,14 +65,19 @@ def attention_mask(
 
     attention_mask: bool (B, tokens seen), False = padding, or None. The other arguments are transformers'.
     Causal masks, sliding windows and padding become a PositionMask; all other patterns, single queries and what is
-    traced are transformers' own masks, padding alone a view that is broadcast over the queries.
+    traced are transformers' own masks, padding alone a view that is broadcast over the queries. Models that
+    transformers runs with eager attention only add their masks, so theirs are eager's, floating and never None.
     """
     from transformers import masking_utils
 
     mask_function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    knows = knowledge_of(more.get("config"))
+    if not knows.is_causal:
+        more |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
     def ordinary(**options):
-        return masking_utils.sdpa_mask(
+        make = masking_utils.sdpa_mask if knows.bool_masks else masking_utils.eager_mask
+        return make(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -81,7 +88,11 @@ def attention_mask(
             **options,
         )
 
-    if more.get("use_vmap") or (attention_mask is not None and attention_mask.shape[:-1] != (batch_size,)):
+    if (
+        not knows.bool_masks
+        or more.get("use_vmap")
+        or (attention_mask is not None and attention_mask.shape[:-1] != (batch_size,))
+    ):
         return ordinary(**more)
     padding = None
     if attention_mask is not None:
@@ -104,6 +115,38 @@ def attention_mask(
         return None
     more |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return PositionMask(shape, more.get("device", "cpu"), options, keys, lambda: ordinary(**more))
+
+
+class Knowledge(NamedTuple):
+    """What a model's code knows of masks: other ones than eager's; that without one is_causal says what is seen."""
+
+    bool_masks: bool = True
+    is_causal: bool = True
+
+
+_known = {}  # by class of configuration
+
+
+def knowledge_of(config):
+    """Of the models of a configuration, by the attention that they say they support."""
+    module = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
+    if config is None or module is None:
+        return Knowledge()
+    if type(config) not in _known:
+        _known[type(config)] = _knowledge_of(module, type(config))
+    return _known[type(config)]
+
+
+def _knowledge_of(module, config_class):
+    from transformers import PreTrainedModel
+
+    models = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, PreTrainedModel)]
+    models = [c for c in models if c.__module__ == module.__name__]
+    models = [c for c in models if c.config_class is config_class] or models
+    if not models:
+        return Knowledge()
+    sdpa = any(c._supports_sdpa for c in models)
+    return Knowledge(sdpa or any(c._supports_flash_attn or c._supports_flex_attn for c in models), sdpa)
 
 
 def pattern_of(mask_function):
