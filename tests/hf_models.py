@@ -52,8 +52,9 @@ EXPERTS = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
 }
-# With attention of their own, or written for eager attention only: masks that are added, is_causal that says nothing.
-EAGER_ONLY = {
+# With attention of their own, or written for eager attention only: masks that are added, is_causal that says nothing;
+# sinks of each query; keys chosen for each query.
+UNUSUAL = {
     "Bloom": ("BloomModel", {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "Mpt": ("MptModel", {"vocab_size": 99, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
     "MPNet": ("MPNetModel", SMALL),
@@ -64,12 +65,16 @@ EAGER_ONLY = {
         "sliding_window": 6, "index_n_heads": 2, "index_head_dim": 16,
         "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
         "mlp_layer_types": ["hash_moe", "hash_moe"]}),
+    "DeepseekV32": ("DeepseekV32Model", {
+        **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 5,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
     "Inkling2Text": ("Inkling2TextModel", {
         **EXPERTS, "num_key_value_heads": 2, "head_dim": 8, "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 6, "rel_extent": 8,
         "layer_types": ["hybrid_sliding", "hybrid"]}),
 }  # fmt: skip
-EAGER_ONLY_SEQ2SEQS = {
+UNUSUAL_SEQ2SEQS = {
     "NllbMoe": ("NllbMoeModel", {**SEQ2SEQ, "num_experts": 4, "expert_capacity": 64, "router_jitter_noise": 0.0}),
     "PegasusX": ("PegasusXModel", {**SEQ2SEQ, "num_global_tokens": 4, "block_size": 8}),
     "Mvp": ("MvpModel", SEQ2SEQ),

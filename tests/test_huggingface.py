@@ -8,10 +8,10 @@ transformers = pytest.importorskip("transformers", minversion="5")
 from hf_models import (  # noqa: E402
     CLIP,
     DECODERS,
-    EAGER_ONLY,
-    EAGER_ONLY_SEQ2SEQS,
     ENCODERS,
     SEQ2SEQS,
+    UNUSUAL,
+    UNUSUAL_SEQ2SEQS,
     VISION,
     WHISPER,
     build,
@@ -69,15 +69,15 @@ def test_encoder_decoders(name, side):
     assert_agree(pair(name, *SEQ2SEQS[name]), batch, torch.ones(3, 6), decoder_input_ids=labels)
 
 
-@pytest.mark.parametrize("name", [*EAGER_ONLY, *EAGER_ONLY_SEQ2SEQS])
+@pytest.mark.parametrize("name", [*UNUSUAL, *UNUSUAL_SEQ2SEQS])
 @pytest.mark.parametrize("side", [None, "left", "right"])
-def test_models_that_support_eager_attention_only(name, side):
+def test_models_with_unusual_attention(name, side):
     if not hasattr(transformers, f"{name}Config"):
         pytest.skip("this version of transformers has no such model")
     batch, more = tokens(side), {}
-    models = pair(name, *(EAGER_ONLY | EAGER_ONLY_SEQ2SEQS)[name])
+    models = pair(name, *(UNUSUAL | UNUSUAL_SEQ2SEQS)[name])
     kept = batch["attention_mask"].bool()
-    if name in EAGER_ONLY_SEQ2SEQS:
+    if name in UNUSUAL_SEQ2SEQS:
         more["decoder_input_ids"], kept = torch.randint(3, 99, (3, 6)), torch.ones(3, 6).bool()
     with torch.no_grad():
         eager, ours = (first_output(m(**batch, **more))[kept] for m in models)

@@ -51,13 +51,14 @@ def attention_forward(
     sinks=None,
     sliding_window=None,
     position_bias=None,
+    indices=None,
     **kwargs,
 ):
     """transformers' attention function: query (B, Hq, L, D), key and value (B, Hk, S, D), grouped heads unrepeated.
 
     attention_mask: bool (B, 1 or H, L, S), True = attend, floating (added), or None. softcap (Gemma 2), s_aux (sink
-    logits (Hq), GPT-OSS), sinks (sink logits (B, Hq, L, 1), Inkling 2), position_bias (T5) and sliding_window are
-    honoured. Returns ((B, L, Hq, Dv), None).
+    logits (Hq), GPT-OSS), sinks (sink logits (B, Hq, L, 1), Inkling 2), position_bias (T5), indices (keys chosen for
+    each query, (B, L, number), DeepSeek V3.2) and sliding_window are honoured. Returns ((B, L, Hq, Dv), None).
     What cannot be honoured raises NotImplementedError; nothing that would change a number is passed over.
     """
     _refuse_unknown(kwargs)
@@ -86,6 +87,10 @@ def attention_forward(
         options["causal"] = "upper_left"
     if attention_mask is None and is_causal and sliding_window is not None:
         options["window"] = (int(sliding_window) - 1, 0)
+    if indices is not None:
+        chosen = torch.zeros((query.shape[0], 1, L, key.shape[2]), dtype=torch.bool, device=query.device)
+        chosen = chosen.scatter_(-1, indices.long().unsqueeze(1), True)[..., :S]
+        options["mask"] = chosen & options["mask"] if "mask" in options else chosen
     if options["bias"] is not None:
         options["bias"] = options["bias"][..., :S]
     out = F.attention(
