@@ -5,6 +5,7 @@
 #   make dev         everything a developer needs; clangd finds build/compile_commands.json
 #   make lint        formatters and linters, changing nothing;  make format: let them change files
 #   make bench       the benchmarks                                              (BENCH_ARGS=...)
+#   make sweep       every model type of transformers, small: stock against ours  (SWEEP_ARGS="bloom gpt2": these)
 #   make sanitize    the quicker tests under the address and undefined-behaviour sanitizers
 #   make cuda        compiles the CUDA kernels too, without a GPU, and tests that build; needs a CUDA toolkit
 #   make gpu-check   on a machine with a GPU, with the Python that has torch: build, tests, sanitizer, benchmark
@@ -33,6 +34,9 @@ test: $(VENV)/test.stamp build
 
 bench: $(VENV)/demo.stamp build
 	$(BIN)/python -m tformer_ext bench $(BENCH_ARGS)
+
+sweep: $(VENV)/test.stamp build
+	$(BIN)/python tests/transformers_sweep.py $(SWEEP_ARGS)
 
 dev: $(VENV)/test.stamp $(VENV)/demo.stamp $(VENV)/dev.stamp build
 
@@ -100,5 +104,5 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 
-.PHONY: demo examples test bench dev lint format sanitize cuda cuda-build gpu-check clean build
+.PHONY: demo examples test bench sweep dev lint format sanitize cuda cuda-build gpu-check clean build
 .NOTPARALLEL:

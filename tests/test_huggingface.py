@@ -1,10 +1,14 @@
 """transformers models with attn_implementation="tformer_ext" against eager: logits, gradients, generation."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
+import transformers_sweep  # noqa: E402
 from hf_models import (  # noqa: E402
     CLIP,
     DECODERS,
@@ -214,3 +218,19 @@ def test_window_without_a_mask():
     windowed, _ = tx.huggingface.attention_forward(Module(), q, q, q, None, sliding_window=4)
     masked, _ = tx.huggingface.attention_forward(Module(), q, q, q, mask)
     torch.testing.assert_close(windowed, masked)
+
+
+@pytest.mark.slow
+def test_sweep_of_models():
+    command = [sys.executable, transformers_sweep.__file__, "bloom"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "2 same" in result.stdout, result.stdout + result.stderr
+    stock = {"a": torch.ones(2, 3, 4), "past_key_values": None}
+    assert transformers_sweep.compare(stock, {"a": torch.ones(2, 3, 4) + 1e-6}) is None
+    changed = {"a": torch.ones(2, 3, 4)}
+    changed["a"][1, 2] = 1.01
+    kept = torch.tensor([[True, True, True], [True, True, False]])
+    assert transformers_sweep.compare(stock, changed, kept) is None
+    assert transformers_sweep.compare(stock, changed) == ".a by 1.0e-02"
+    assert transformers_sweep.compare(stock, {"a": torch.full((2, 3, 4), torch.nan)}) == ".a: what is finite"
+    assert transformers_sweep.compare(stock, {"b": stock["a"]}) == "outputs ['.a', '.b']"
