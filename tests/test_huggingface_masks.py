@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
-from hf_models import DECODERS, ENCODERS, SEQ2SEQS, build, first_output, tokens  # noqa: E402
+from hf_models import DECODERS, ENCODERS, SEQ2SEQS, UNUSUAL, build, first_output, tokens  # noqa: E402
 from transformers import masking_utils  # noqa: E402
 
 import tformer_ext as tx  # noqa: E402
@@ -156,7 +156,7 @@ def test_single_queries_have_ordinary_masks(length, side):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, family", [("Bert", ENCODERS), ("Mistral", DECODERS)])
+@pytest.mark.parametrize("name, family", [("Bert", ENCODERS), ("Mistral", DECODERS), ("Bloom", UNUSUAL)])
 def test_compiled_as_a_whole(name, family):
     model, batch = build(name, *family[name], "tformer_ext"), tokens("left")
     kept = batch["attention_mask"].bool()

@@ -1,5 +1,6 @@
 """The masks of transformers as what the kernels skip work by: causal, window, key lengths, padding of keys."""
 
+import functools
 import inspect
 import sys
 from typing import NamedTuple
@@ -124,20 +125,19 @@ class Knowledge(NamedTuple):
     is_causal: bool = True
 
 
-_known = {}  # by class of configuration
-
-
 def knowledge_of(config):
     """Of the models of a configuration, by the attention that they say they support."""
-    module = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
-    if config is None or module is None:
-        return Knowledge()
-    if type(config) not in _known:
-        _known[type(config)] = _knowledge_of(module, type(config))
-    return _known[type(config)]
+    return Knowledge() if config is None else _knowledge_of(type(config))
 
 
-def _knowledge_of(module, config_class):
+@torch.compiler.assume_constant_result  # of a plain function, not of one with a cache
+def _knowledge_of(config_class):
+    module = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+    return Knowledge() if module is None else _knowledge_in(module, config_class)
+
+
+@functools.cache
+def _knowledge_in(module, config_class):
     from transformers import PreTrainedModel
 
     models = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, PreTrainedModel)]
