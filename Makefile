@@ -58,7 +58,6 @@ COPY = rm -rf build/$(1) && mkdir -p build/$(1) && cp -a pyproject.toml tformer_
 
 sanitize: $(VENV)/test.stamp
 	$(call COPY,sanitize)
-	cp -a csrc build/sanitize  # which the emulation compiles
 	TFORMER_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \

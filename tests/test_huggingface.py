@@ -212,6 +212,28 @@ def test_what_cannot_be_honoured_is_refused():
     forward(Module(), q, q, q, None, position_ids=torch.arange(3), use_cache=True, output_attentions=False)
 
 
+@pytest.mark.parametrize("masked", [None, bool, float])
+def test_sinks_of_queries_and_chosen_keys(masked):
+    """Against the softmax with one more column, over the keys that are left."""
+    q, k, v = (torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    sinks = torch.randn(2, 3, 6, 1, dtype=torch.float64, requires_grad=True)
+    indices = torch.stack([torch.randperm(6)[:3] for _ in range(12)]).view(2, 6, 3)
+    visible = torch.ones(6, 6).tril().bool().expand(2, 1, 6, 6)
+    mask = {None: None, bool: visible, float: torch.where(visible, 0.0, -torch.inf).double()}[masked]
+    visible = visible & torch.zeros(2, 1, 6, 6).bool().scatter(-1, indices[:, None], True)
+    scores = (q @ k.mT).masked_fill(~visible, -torch.inf)
+    expected = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+    actual, _ = tx.huggingface.attention_forward(
+        Module(), q, k, v, mask, scaling=1.0, sinks=sinks, indices=indices.to(torch.int32)
+    )
+    torch.testing.assert_close(actual, expected.transpose(1, 2))
+    cotangent, leaves = torch.randn_like(actual), (q, k, v, sinks)
+    golden = torch.autograd.grad(expected.transpose(1, 2), leaves, cotangent)
+    torch.testing.assert_close(torch.autograd.grad(actual, leaves, cotangent), golden)
+    with pytest.raises(NotImplementedError, match=r"sinks: expected \(2, 3, 6, 1\), one of each query, got \(3,\)"):
+        tx.huggingface.attention_forward(Module(), q, k, v, mask, sinks=torch.zeros(3))
+
+
 def test_window_without_a_mask():
     q = torch.randn(1, 2, 12, 8)
     mask = torch.ones(12, 12).tril().bool() & ~torch.ones(12, 12).tril(-4).bool()
@@ -225,6 +247,9 @@ def test_sweep_of_models():
     command = [sys.executable, transformers_sweep.__file__, "bloom"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "2 same" in result.stdout, result.stdout + result.stderr
+
+
+def test_sweep_finds_differences():
     stock = {"a": torch.ones(2, 3, 4), "past_key_values": None}
     assert transformers_sweep.compare(stock, {"a": torch.ones(2, 3, 4) + 1e-6}) is None
     changed = {"a": torch.ones(2, 3, 4)}

@@ -10,7 +10,14 @@ from transformers import masking_utils  # noqa: E402
 
 import tformer_ext as tx  # noqa: E402
 from tformer_ext import functional as F  # noqa: E402
-from tformer_ext.huggingface.masks import EVERYWHERE, Pattern, PositionMask, attention_mask, pattern_of  # noqa: E402
+from tformer_ext.huggingface.masks import (  # noqa: E402
+    EVERYWHERE,
+    Pattern,
+    PositionMask,
+    attention_mask,
+    knowledge_of,
+    pattern_of,
+)
 
 FUNCTIONS = {
     "causal": masking_utils.causal_mask_function,
@@ -195,3 +202,13 @@ def test_activation_checkpointing(reentrant):
         model(**batch, labels=batch["input_ids"]).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_what_models_know_of_masks():
+    for name, expected in {"Bert": (True, True), "Gemma2": (True, False), "Bloom": (False, False)}.items():
+        assert getattr(transformers, f"{name}Model")  # its code is there
+        assert knowledge_of(getattr(transformers, f"{name}Config")()) == expected, name
+    assert (
+        knowledge_of(None) == knowledge_of(type("Config", (), {"__module__": "none.configuration_x"})()) == (True, True)
+    )
+    assert knowledge_of(type("Config", (), {"__module__": "math"})()) == (True, True)  # code without models

@@ -1,8 +1,9 @@
 """Every model type of transformers, small and with random weights: eager attention against "tformer_ext", and against
 replace_modules. Minutes; for a new version of transformers, not for every change: `make sweep SWEEP_ARGS="bloom gpt2"`.
 
-A model type is the same, differs, fails, or was not asked: its small configuration cannot be built, or runs with eager
-neither. Some differ between eager and sdpa: one of the two is enough. Ends with 1 where one differs or fails.
+A model is the same, differs, fails, is refused by transformers (which looks its attention up by names that it knows),
+or was not asked: a small one cannot be built, or runs with eager neither. Some differ between eager and sdpa: one of
+the two is enough. Ends with 1 where one differs or fails.
 """
 
 import argparse
@@ -53,11 +54,18 @@ MOST_PARAMETERS = 10_000_000
 SECONDS = 60
 SIDES = (None, "right", "left")  # of padding
 TOLERANCE = 2e-4  # of float32, of the largest element
-NAMES = ("tformer_ext", "replaced")
 
 
 class NotAsked(Exception):
     """There is nothing to compare with."""
+
+
+class Refused(Exception):
+    """By transformers, as any attention_implementation that the model's code does not name."""
+
+
+class Differs(Exception):
+    """From stock."""
 
 
 def shrink(config, key_value_heads):
@@ -83,20 +91,31 @@ def build(cls, config, implementation):
     return model
 
 
-def build_all(cls, config):
-    """{name: model} of eager, sdpa if it is supported, ours and replaced, with the same weights and buffers."""
+def build_stock(cls, config):
+    """Models with eager attention, and with sdpa if it is supported; the first runs."""
     with torch.device("meta"):
         count = sum(p.numel() for p in cls._from_config(config).parameters())
     if count > MOST_PARAMETERS:
         raise NotAsked(f"{count} parameters")
-    eager = build(cls, config, "eager")
-    models = {"eager": eager, "replaced": build(cls, config, "eager"), "tformer_ext": build(cls, config, "tformer_ext")}
-    if cls._supports_sdpa:
-        models["sdpa"] = build(cls, config, "sdpa")
-    for model in models.values():
-        model.load_state_dict(eager.state_dict())
-    tx.replace_modules(models["replaced"])
+    models = [build(cls, config, name) for name in ("eager", "sdpa")[: 1 + bool(cls._supports_sdpa)]]
+    models[-1].load_state_dict(models[0].state_dict())
+    forward(models[0], example(models[0], None)[0])
     return models
+
+
+def build_ours(cls, config, weights):
+    """{name: model} with the same weights and buffers as stock."""
+    replaced = build(cls, config, "eager")
+    replaced.load_state_dict(weights)
+    tx.replace_modules(replaced)
+    try:
+        ours = build(cls, config, "tformer_ext")
+    except KeyError as error:
+        if error.args != ("tformer_ext",):
+            raise
+        return {"replaced": replaced}
+    ours.load_state_dict(weights)
+    return {"tformer_ext": ours, "replaced": replaced}
 
 
 def example(model, side):
@@ -158,14 +177,6 @@ def compare(stock, ours, kept=None):
     return None
 
 
-def stock(call, *arguments):
-    """What the model computes with eager attention."""
-    try:
-        return call(*arguments)
-    except Exception as error:
-        raise NotAsked(f"eager: {error!r}") from error
-
-
 def forward(model, batch):
     torch.manual_seed(0)
     with torch.no_grad():
@@ -191,41 +202,51 @@ def gradient(model):
     return torch.cat([flat, flat.norm().view(1)])
 
 
-def check(model_type, class_name):
-    """Compares all that there is; raises NotAsked, or AssertionError with what differs."""
-    cls = getattr(transformers, class_name, None)
-    if cls is None:
-        raise NotAsked(f"transformers has no {class_name}")
-    for key_value_heads in KEY_VALUE_HEADS:
+def find_stock(model_type, class_name):
+    """(class, configuration, stock models); raises NotAsked."""
+    cls, reason = getattr(transformers, class_name, None), f"transformers has no {class_name}"
+    for key_value_heads in KEY_VALUE_HEADS if cls else ():
         try:
             config = shrink(CONFIG_MAPPING[model_type](), key_value_heads)
-            models = build_all(cls, config)
-            stock(forward, models["eager"], example(models["eager"], None)[0])
-            break
-        except Exception as error:
-            if key_value_heads == KEY_VALUE_HEADS[-1]:
-                raise NotAsked(str(error) if isinstance(error, NotAsked) else repr(error)) from error
-    calls = {}
-    if class_name in modeling_auto.MODEL_MAPPING_NAMES.values():
-        for side in SIDES:
-            batch, kept = example(models["eager"], side)
-            calls[f"padding {side}"] = (lambda model, b=batch: forward(model, b)), kept
-    else:
-        calls = {f"generation, {c} cache": ((lambda m, c=c: generate(m, c)), None) for c in ("dynamic", "static")}
-        calls["gradient"] = gradient, None
-    asked = 0
-    for what, (call, kept) in calls.items():
-        try:
-            expected = [stock(call, models[name]) for name in ("eager", "sdpa") if name in models]
+            return cls, config, build_stock(cls, config)
         except NotAsked:
-            continue
+            raise
+        except Exception as error:
+            reason = repr(error)
+    raise NotAsked(reason)
+
+
+def calls_of(model, class_name):
+    """{what: (call(model), which positions count)}"""
+    if class_name not in modeling_auto.MODEL_MAPPING_NAMES.values():
+        calls = {f"generation, {c} cache": ((lambda m, c=c: generate(m, c)), None) for c in ("dynamic", "static")}
+        return calls | {"gradient": (gradient, None)}
+    examples = {f"padding {side}": example(model, side) for side in SIDES}
+    return {what: ((lambda m, b=batch: forward(m, b)), kept) for what, (batch, kept) in examples.items()}
+
+
+def check(model_type, class_name):
+    """Compares all that there is; raises NotAsked, Refused or Differs."""
+    cls, config, stock = find_stock(model_type, class_name)
+    ours, asked = build_ours(cls, config, stock[0].state_dict()), 0
+    for what, (call, kept) in calls_of(stock[0], class_name).items():
+        try:
+            expected = [call(model) for model in stock]
+        except Exception:
+            continue  # generation that this model does not have
         asked += 1
-        for name in NAMES:
-            ours = call(models[name])
-            wrong = [compare(one, ours, kept) for one in expected]
-            assert not all(wrong), f"{name}, {what}: {wrong[0]}"
+        for name, model in ours.items():
+            actual = call(model)
+            differences = [compare(one, actual, kept) for one in expected]
+            if all(differences):
+                raise Differs(f"{name}, {what}: {differences[0]}")
     if not asked:
         raise NotAsked("no call runs with eager")
+    if "tformer_ext" not in ours:
+        raise Refused("tformer_ext; the same after replace_modules")
+
+
+OUTCOMES = {NotAsked: "not asked", Refused: "refused", Differs: "differs"}
 
 
 def answer(pipe, model_type, class_name):
@@ -236,10 +257,8 @@ def answer(pipe, model_type, class_name):
     try:
         check(model_type, class_name)
         pipe.send(("same", ""))
-    except NotAsked as reason:
-        pipe.send(("not asked", str(reason)))
-    except AssertionError as wrong:
-        pipe.send(("differs", str(wrong)))
+    except (NotAsked, Refused, Differs) as reason:
+        pipe.send((OUTCOMES[type(reason)], str(reason)))
     except BaseException:
         pipe.send(("fails", traceback.format_exc()))
 
@@ -281,7 +300,7 @@ def main():
             zip(jobs, pool.map(ask, jobs), strict=True), total=len(jobs), description="models", console=console
         ):
             outcomes[outcome] += 1
-            if outcome in ("differs", "fails"):
+            if outcome in ("differs", "fails", "refused"):
                 console.print(f"{' '.join(job)} {outcome}: {details}", markup=False)
             elif outcome == "not asked":
                 reasons[details.partition("(")[0]] += 1
