@@ -215,3 +215,20 @@ def test_results_larger_than_the_caches(isa, dtype, width):
     assert torch.equal(whole[:500], same) and torch.equal(total[:500], kept)
     assert torch.equal(from_whole[:500], from_part[:500])
     assert torch.equal(whole[500:], F.residual_layer_norm(total)[500:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["residual returned", "dropout"])
+def test_rows_from_memory(isa, dtype, variant):
+    """From 32 MB on backward takes rows one by one: against float64, where single rows are among the last ones too."""
+    width = 777
+    shape = 33 * 2**20 // (3 * dtype.itemsize * width), width
+    tensors, options = inputs(shape, dtype, variant)
+    cotangents = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    golden = run(reference.residual_layer_norm, _cast(tensors, torch.float64), options, cotangents)
+    same = run(reference.residual_layer_norm, tensors, options, cotangents)
+    actual = run(F.residual_layer_norm, tensors, options, cotangents)
+    for n, (a, g, s) in enumerate(
+        zip(actual[0] + [*actual[1]], golden[0] + [*golden[1]], same[0] + [*same[1]], strict=True)
+    ):
+        assert_close(a, g, s, f"result {n}")

@@ -56,18 +56,27 @@ int64_t rows_ahead(const NormParams& p, size_t element) {
   return static_cast<size_t>(p.M * row) < cache_sizes().second ? p.M : 1 + kPage / (row + 1);
 }
 
-// Whether the results had better not go through the caches: the end of them would throw out the beginning, and a store
-// past the caches need not read the line first.
-bool writes_around_cache(const NormParams& p, std::initializer_list<const Tensor*> results) {
+// Of one element of each.
+size_t bytes_of(std::initializer_list<const Tensor*> tensors, std::initializer_list<const OptionalTensor*> optional) {
+  size_t bytes = 0;
+  for (const Tensor* t : tensors) bytes += t->element_size();
+  for (const OptionalTensor* t : optional) bytes += t->has_value() ? (*t)->element_size() : 0;
+  return bytes;
+}
+
+// Whether the results had better not go through the caches: most of them would be thrown out before somebody reads
+// them, and a store past the caches need not read the line first. That pays, also for a reader who comes next, from
+// twice the last cache on, with what is read (`read`: bytes of one column).
+bool writes_around_cache(const NormParams& p, size_t read, std::initializer_list<const Tensor*> results) {
   constexpr size_t kLine = 64;
-  size_t total = 0;
+  size_t total = static_cast<size_t>(p.M) * static_cast<size_t>(p.N) * read;
   for (const Tensor* t : results) {
     const size_t row = static_cast<size_t>(p.N) * t->element_size();
     if (t->numel() == 0) continue;
     if (row % kLine != 0 || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kLine != 0) return false;
     total += static_cast<size_t>(p.M) * row;
   }
-  return total >= cache_sizes().last;
+  return total >= 2 * cache_sizes().last;
 }
 
 double cost_of(const NormParams& p) { return 32.0 * static_cast<double>(p.M) * static_cast<double>(p.N); }
@@ -111,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_forward(Tensor x, Optio
   NormInputs inputs(x, residual, weight, bias, dropout_seed, eps, dropout_p, rms, wanted_dtype);
   NormParams& p = inputs.p;
   NormOutputs out(p, x, inputs.sum_dtype, save_sum);
-  p.around_cache = writes_around_cache(p, {&out.y, &out.sum});
+  p.around_cache = writes_around_cache(p, bytes_of({&x}, {&residual}), {&out.y, &out.sum});
   run_forward(p);
   if (p.N == 0) {
     torch::stable::zero_(out.rstd);
@@ -125,7 +134,7 @@ Tensor residual_norm_inference(Tensor x, OptionalTensor residual, OptionalTensor
   NormInputs inputs(x, residual, weight, bias, std::nullopt, eps, 0, rms, std::nullopt);
   Tensor y = empty(sizes_of(x, x.dim()), x.scalar_type(), x);
   inputs.p.y = y.mutable_data_ptr();
-  inputs.p.around_cache = writes_around_cache(inputs.p, {&y});
+  inputs.p.around_cache = writes_around_cache(inputs.p, bytes_of({&x}, {&residual}), {&y});
   run_forward(inputs.p);
   return y;
 }
@@ -149,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
       norm_backward_params(grad_y, grad_sum, sum, mean, rstd, dropout_seed, dropout_p, rms, x_dtype, residual_dtype);
   set_weight(p, weight);
   NormGradients gradients(p, grad_y, x_dtype, residual_dtype);
-  p.around_cache = writes_around_cache(p, {&gradients.x, &gradients.residual});
+  p.around_cache = writes_around_cache(p, bytes_of({&grad_y, &sum}, {&grad_sum}), {&gradients.x, &gradients.residual});
   p.chunk_rows = rows_per_chunk(p.M, p.N);
   const int64_t chunks = (p.M + p.chunk_rows - 1) / p.chunk_rows;
   const size_t bytes = static_cast<size_t>(chunks * p.N) * element_bytes(accumulator_type(p.dtype));

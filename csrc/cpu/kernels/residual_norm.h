@@ -198,12 +198,11 @@ struct ResidualNorm {
     return base ? static_cast<const V*>(base) + i * stride : nullptr;
   }
 
-  // Asks for a block of a later row: it arrives while this one is worked on. Into the second-level cache, which has
-  // room for more requests on their way than the first.
+  // Asks for a block of a later row: it arrives while this one is worked on.
   template <class V>
   static TFORMER_INLINE void prefetch_block(const V* from) {
     constexpr int kLine = 64, kBytes = kBlock * L * static_cast<int>(sizeof(V));
-    for (int at = 0; at < kBytes; at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(from) + at, 0, 2);
+    for (int at = 0; at < kBytes; at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(from) + at);
   }
   template <class V>
   TFORMER_INLINE void prefetch_ahead(const V* from, int64_t stride, int64_t c, int64_t i, int64_t ahead) const {
@@ -343,13 +342,18 @@ struct ResidualNorm {
     for (int u = 0; u < kCount; ++u) store(dw + u * L, for_w[u]), store(db + u * L, for_b[u]);
   }
   // Several rows at once, so that the gradients of weight and bias are read and written once for all; few enough to
-  // stay in an L1 of 32 KB. Not in that of this machine: how many shows in the rounding.
+  // stay in an L1 of 32 KB. One by one where that has room for the next one too and rows come from memory, which gives
+  // more if it is read in order: from so many bytes on. Numbers that are not this machine's own: how many rows shows in
+  // the rounding.
   void backward_group(int64_t i, int64_t end) const {
-    constexpr int64_t kRowBytes = 24 * 1024;
-    const bool four = 4 * p.N * static_cast<int64_t>(sizeof(T) + sizeof(R)) <= kRowBytes;
-    for (; four && i + 4 <= end; i += 4) backward_rows<4>(i);
-    for (; i + 2 <= end; i += 2) backward_rows<2>(i);
-    if (i < end) backward_rows<1>(i);
+    constexpr int64_t kRowBytes = 24 * 1024, kFromMemory = 32 * 1024 * 1024;
+    const int64_t read = p.N * static_cast<int64_t>(sizeof(T) + sizeof(R));
+    const int64_t more =
+        p.N * static_cast<int64_t>(sizeof(T) + (p.grad_sum ? sizeof(R) : 0) + (p.grad_residual ? sizeof(R) : 0));
+    const bool one = 2 * read <= kRowBytes && p.M * (read + more) >= kFromMemory, four = 4 * read <= kRowBytes;
+    for (; !one && four && i + 4 <= end; i += 4) backward_rows<4>(i);
+    for (; !one && i + 2 <= end; i += 2) backward_rows<2>(i);
+    for (; i < end; ++i) backward_rows<1>(i);
   }
   template <int kRows>
   TFORMER_INLINE void backward_rows(int64_t i) const {
