@@ -158,7 +158,7 @@ class AttentionForward : AttentionTilesBeside<T, P> {
   void finish_tile(const Sequence& s, const Tile& tile, const Span& span, bool finite, Real scale, int64_t at,
                    int64_t k_begin) {
     Real m[kTileRows], l[kTileRows], factor[kTileRows];
-    for (int64_t r = 0; r < tile.rows; ++r) m[r] = tile.state.m[r] * scale, l[r] = sum_lanes<Real>(tile.state.l[r]);
+    for (int64_t r = 0; r < tile.rows; ++r) m[r] = tile.state.origin(r, scale), l[r] = sum_lanes<Real>(tile.state.l[r]);
     if (p.part_keys) {
       this->multiply_values(tile, span, finite, nullptr);
       for (int64_t r = 0; r < tile.rows; ++r) {

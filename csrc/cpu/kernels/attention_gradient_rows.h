@@ -188,7 +188,7 @@ struct AttentionGradientRows {
               score = lane < static_cast<float>(range.end(i + n)) ? score : none;
             }
             if constexpr (kFused) {
-              weight[n][v] = exp2_of_fraction(score * to_exp2 + shift[n]);
+              weight[n][v] = exp2_vec<float, sizeof(T) == 2>(score * to_exp2 + shift[n]);
             } else {
               weight[n][v] = exp2_vec<float, sizeof(T) == 2>((score * pending - shift[n]) * kLog2e<float>);
             }

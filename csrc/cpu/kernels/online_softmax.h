@@ -14,6 +14,8 @@ constexpr Real kInfinity = static_cast<Real>(__builtin_inf());
 // score: it is left as it is until a score exceeds it by so much that a weight passes e^kSlack, which loses no accuracy
 // and saves what a new m costs. What takes a row's lanes together is done for all rows at once, so that the latencies
 // overlap.
+// The exponent of 2 is one multiply-add, x * to_exp2 + shift, where the CPU has that: what the shift was rounded by is
+// a factor of all weights of a row, and of l.
 // k16Bits: the outputs have 16 bits.
 template <bool k16Bits, class P>
 struct OnlineSoftmax {
@@ -25,15 +27,19 @@ struct OnlineSoftmax {
   Real m[kTileRows];
   Vec<Real> l[kTileRows];
   bool empty;  // no key came along yet, and the output holds nothing
-  // In tile registers: -m * to_exp2, and what a score may be without another m; nothing, if weights are not to be made
-  // in the short way.
-  static constexpr int kShiftedRows = P::kTiles ? kTileRows : 1;
-  Real shift[kShiftedRows], limit[kShiftedRows];
+  // -m * to_exp2; and what a score may be without another m, or -inf where m is too large to be rounded so.
+  Real shift[kTileRows], limit[kTileRows];
 
   void start() {
     empty = true;
-    for (int r = 0; r < kTileRows; ++r) m[r] = -kInfinity<Real>, l[r] = Vec<Real>{};
-    for (int r = 0; r < kShiftedRows; ++r) shift[r] = 0, limit[r] = -kInfinity<Real>;
+    for (int r = 0; r < kTileRows; ++r) m[r] = limit[r] = -kInfinity<Real>, shift[r] = 0, l[r] = Vec<Real>{};
+  }
+
+  // What the weights of row r are relative to: l e^origin is the sum of e^(scale x).
+  Real origin(int64_t r, Real scale) const {
+    if (limit[r] == -kInfinity<Real>) return m[r] * scale;
+    const Real to_exp2 = scale * kLog2e<Real>, rounded = m[r] * to_exp2 + shift[r];
+    return m[r] * scale - rounded * kLn2<Real>;
   }
 
   // The largest of s[0, n), lane by lane.
@@ -48,12 +54,11 @@ struct OnlineSoftmax {
   // Takes in the largest scores of a row; returns by what its earlier weights and outputs have to be multiplied.
   TFORMER_INLINE Real raise(int64_t r, Vec<Real> top, Real scale) {
     if (!any_lane(top > limit_of(r, scale))) return 1;
-    const Real before = m[r], shift_before = P::kTiles ? shift[r] : 0;
-    const bool shifted = P::kTiles && limit[r] != -kInfinity<Real>;
+    const Real before = m[r], shift_before = shift[r];
+    const bool shifted = fused(r);
     start_at(r, max_lanes<Real>(top), scale);
-    // both shifts are whole where weights are in slices: no error of what was rounded differently before
-    const bool whole = P::kSlices > 1 && shifted && limit[r] != -kInfinity<Real>;
-    const Real power = whole ? shift[r] - shift_before : (before - m[r]) * (scale * kLog2e<Real>);
+    // no error of what was rounded differently before
+    const Real power = shifted && fused(r) ? shift[r] - shift_before : (before - m[r]) * (scale * kLog2e<Real>);
     const Real factor = before == -kInfinity<Real> ? Real(0) : exp2_vec<Real>(splat(power))[0];
     l[r] *= factor;
     return factor;
@@ -63,17 +68,25 @@ struct OnlineSoftmax {
   TFORMER_INLINE void weigh(int64_t r, Real* s, int64_t n, Real scale, Group* weights) {
     if constexpr (P::kTiles) return weigh_like_tiles(r, s, n, scale, weights);
     Vec<Real> sum[kChains] = {};
-    const Vec<Real> shift = splat(shift_of(r));
     const Real to_exp2 = scale * kLog2e<Real>;
-    const auto weight = [&](int64_t j, int c) TFORMER_LAMBDA {
-      const Vec<Real> w = exp2_vec<Real, k16Bits>((load(s + j) - shift) * to_exp2);
-      sum[c] += w;
-      return w;
+    const auto weigh_by = [&](auto&& power) TFORMER_LAMBDA {
+      const auto weight = [&](int64_t j, int c) TFORMER_LAMBDA {
+        const Vec<Real> w = exp2_vec<Real, k16Bits>(power(load(s + j)));
+        sum[c] += w;
+        return w;
+      };
+      if (P::kStep == 1 || !weights) {
+        each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { store(s + j, weight(j, c)); });
+      } else {
+        each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { P::store_along(weights + j / P::kStep, weight(j, c)); });
+      }
     };
-    if (P::kStep == 1 || !weights) {
-      each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { store(s + j, weight(j, c)); });
+    if (fused(r)) {
+      const Vec<Real> start = splat(shift[r]);
+      weigh_by([&](Vec<Real> score) TFORMER_LAMBDA { return score * to_exp2 + start; });
     } else {
-      each_vector(n, [&](int64_t j, int c) TFORMER_LAMBDA { P::store_along(weights + j / P::kStep, weight(j, c)); });
+      const Vec<Real> from = splat(shift_of(r));
+      weigh_by([&](Vec<Real> score) TFORMER_LAMBDA { return (score - from) * to_exp2; });
     }
     l[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
@@ -107,20 +120,23 @@ struct OnlineSoftmax {
 #pragma GCC unroll 4
       for (int n = 1; n < kColumns; ++n) top[r] = maximum(acc[r][n], top[r]);
       first &= m[r] == -kInfinity<Real>;
-      within &= !any_lane(top[r] > limit_of(r, scale));
+      within &= !any_lane(top[r] > splat(limit[r]));
     }
     if (first) {
-      for (int r = 0; r < kRows; ++r) m[r] = max_lanes<Real>(top[r]);
+      for (int r = 0; r < kRows; ++r) start_at(r, max_lanes<Real>(top[r]), scale);
+      for (int r = 0; r < kRows; ++r) {
+        if (!fused(r)) return false;
+      }
     } else if (!within) {
       return false;
     }
     const Real to_exp2 = scale * kLog2e<Real>;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vec<Real> shift = splat(shift_of(r));
+      const Vec<Real> start = splat(shift[r]);
 #pragma GCC unroll 4
       for (int n = 0; n < kColumns; ++n) {
-        acc[r][n] = exp2_vec<Real, k16Bits>((acc[r][n] - shift) * to_exp2);
+        acc[r][n] = exp2_vec<Real, k16Bits>(acc[r][n] * to_exp2 + start);
         P::store_along(weights + r * weights_row + n * L / P::kStep, acc[r][n]);
       }
       Vec<Real> sum[kChains] = {};  // in the order of weigh
@@ -137,12 +153,13 @@ struct OnlineSoftmax {
     const Scaling by(scale);
     const Real from = shift_of(r);
     const F start = splat(shift[r]);
-    const bool fused = limit[r] != -kInfinity<Real> || m[r] == -kInfinity<Real>;
+    const bool short_way = fused(r);
     for (int64_t j = 0; j < n; j += 2 * L) {
       F weight[2];
       for (int i = 0; i < 2; ++i) {
         const F score = load(s + j + i * L);
-        weight[i] = fused ? weight_in_tiles(score, start, by) : exp2_vec<float, k16Bits>((score - from) * by.to_exp2);
+        weight[i] =
+            short_way ? weight_in_tiles(score, start, by) : exp2_vec<float, k16Bits>((score - from) * by.to_exp2);
         l[r] += weight[i];
         if (!weights) store(s + j + i * L, weight[i]);
       }
@@ -182,7 +199,7 @@ struct OnlineSoftmax {
       }
       for (int i = 0; i < kRows; ++i) start_at(r + i, max_lanes<Real>(top[i]), by.scale);
       for (int i = 0; i < kRows; ++i) {
-        if (limit[r + i] == -kInfinity<Real> && m[r + i] != -kInfinity<Real>) return false;
+        if (!fused(r + i)) return false;
       }
     }
 #pragma GCC unroll 4
@@ -216,29 +233,24 @@ struct OnlineSoftmax {
     }
   }
 
-  // m for the largest score x. In tile registers score * to_exp2 - m * to_exp2 is one multiply-add: m * to_exp2 is then
-  // rounded before anything is subtracted, which for a large one would matter. Where weights are in slices it is a
-  // whole number.
-  TFORMER_INLINE void start_at(int64_t r, Real x, [[maybe_unused]] Real scale) {
-    m[r] = x;
+  // m for the largest score x. Where weights are in slices the shift is a whole number.
+  TFORMER_INLINE void start_at(int64_t r, Real x, Real scale) {
+    m[r] = x, shift[r] = 0, limit[r] = -kInfinity<Real>;
+    const Real to_exp2 = scale * kLog2e<Real>, power = x * to_exp2;
+    const bool moderate = power < 65536 && power > -65536;
+    if (!kFusesMultiplyAdd || !moderate) return;
+    shift[r] = -power;
 #if TFORMER_HAS_TILES
-    if constexpr (P::kTiles) {
-      const Real to_exp2 = scale * kLog2e<Real>, power = x * to_exp2;
-      const bool moderate = power < 65536 && power > -65536;
-      shift[r] = 0, limit[r] = -kInfinity<Real>;
-      if (!moderate) return;
-      shift[r] = -power;
-      if constexpr (P::kSlices > 1) shift[r] = round_whole(splat(-power))[0], m[r] = -shift[r] / to_exp2;
-      limit[r] = limit_of(r, scale);
-    }
+    if constexpr (P::kSlices > 1) shift[r] = round_whole(splat(-power))[0], m[r] = -shift[r] / to_exp2;
 #endif
+    limit[r] = limit_of(r, scale);
   }
+  // Whether the exponent of a weight is one multiply-add, or nothing is visible yet.
+  TFORMER_INLINE bool fused(int64_t r) const { return limit[r] != -kInfinity<Real> || m[r] == -kInfinity<Real>; }
 
 #if TFORMER_HAS_TILES
   static TFORMER_INLINE F weight_in_tiles(F score, F start, const Scaling& by) {
-    const F power = score * by.to_exp2 + start;
-    if constexpr (P::kSlices == 1) return exp2_of_fraction(power);
-    return exp2_vec<float, k16Bits>(power);
+    return exp2_vec<float, k16Bits>(score * by.to_exp2 + start);
   }
 #endif
   TFORMER_INLINE Real limit_of(int64_t r, Real scale) const { return m[r] + kSlack / scale; }

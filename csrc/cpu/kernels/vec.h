@@ -45,6 +45,13 @@ constexpr int kVectorTileColumns = 4;
 constexpr int kVectorTileColumns = 2;
 #endif
 
+// Whether a product and a sum are one instruction with one rounding.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFusesMultiplyAdd = true;
+#else
+constexpr bool kFusesMultiplyAdd = false;
+#endif
+
 struct bf16 {
   uint16_t bits;
 };

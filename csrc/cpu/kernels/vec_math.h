@@ -21,8 +21,10 @@ struct MathConstants<float> {
   // 2^f, |f| <= 1/2: 9.2e-8, and 2.9e-6 for what is rounded to 16 bits; exactly 1 at 0
   static constexpr float kExp2[] = {1.0f, 0.693146978f, 0.240222421f, 0.0555073377f, 0.00967151278f, 0.00132647151f};
   static constexpr float kExp2For16Bits[] = {1.0f, 0.693124193f, 0.240240988f, 0.0559064256f, 0.00958284338f};
-  // 2^f, 0 <= f < 1, for what is rounded to 16 bits: 3.0e-6; exactly 1 at 0
-  static constexpr float kExp2OfFraction[] = {1.0f, 0.693044722f, 0.241280645f, 0.0522420481f, 0.0134268114f};
+  // 2^f, 0 <= f <= 1: 9.4e-8, and 3.0e-6 for what is rounded to 16 bits; exactly 1 at 0
+  static constexpr float kExp2OfFraction[] = {1.0f,          0.693151295f,   0.240164444f,
+                                              0.0557999127f, 0.00901703071f, 0.00186713005f};
+  static constexpr float kExp2OfFractionFor16Bits[] = {1.0f, 0.693044722f, 0.241280645f, 0.0522420481f, 0.0134268114f};
   // (tanh(x) / x - 1) / x^2 in z = x^2 <= 0.4: 2.1e-10
   static constexpr float kTanh[] = {-0.333333333f,   0.133333316f,   -0.0539675703f,  0.0218590592f,
                                     -0.00878649278f, 0.00329513372f, -0.000852027759f};
@@ -75,8 +77,14 @@ TFORMER_INLINE Vec<T> exp2_vec(Vec<T> x) {
     }
   };
 #if defined(__AVX512F__)
-  const Vec<T> n = round_whole(x);
-  return times_power(power_of_fraction(x - n), n);  // NaN 2^-inf is 0
+  if constexpr (kFor16Bits) {
+    return times_power(polynomial<T>(fraction(x), M::kExp2OfFractionFor16Bits), x);
+  } else if constexpr (sizeof(T) == 4) {
+    return times_power(polynomial<T>(fraction(x), M::kExp2OfFraction), x);
+  } else {
+    const Vec<T> n = round_whole(x);
+    return times_power(power_of_fraction(x - n), n);  // NaN 2^-inf is 0
+  }
 #else
   x = maximum(splat(static_cast<T>(-M::kBias)), x);
   const Vec<T> shifted = x + M::kRound;
@@ -84,14 +92,6 @@ TFORMER_INLINE Vec<T> exp2_vec(Vec<T> x) {
   return power_of_fraction(x - (shifted - M::kRound)) * power;
 #endif
 }
-
-#if TFORMER_HAS_TILES
-// 2^x likewise for what is rounded to 16 bits, in as few floating-point instructions as can be: beside tile registers
-// the CPU has one unit less for those.
-TFORMER_INLINE F exp2_of_fraction(F x) {
-  return times_power(polynomial<float>(fraction(x), MathConstants<float>::kExp2OfFraction), x);
-}
-#endif
 
 // e^x likewise.
 template <class T>
