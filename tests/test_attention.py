@@ -159,11 +159,11 @@ def test_gradients_where_a_mask_hides_what_would_have_come_last(value, attention
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, attention_kernels_emulated_too):
-    leaves = [torch.randn(1, 1, 100, 16).to(dtype) for _ in range(3)]
+    leaves = [torch.randn(1, 1, 150, 16).to(dtype) for _ in range(3)]  # more than one block of keys on every path
     leaves[("query", "key", "value").index(where)][0, 0, 50, 3] = bad
     leaves = [t.requires_grad_() for t in leaves]
     doubles = [t.detach().double().requires_grad_() for t in leaves]
-    for options in ({"causal": True}, {"causal": True, "mask": torch.rand(100, 100) > 0.5}):
+    for options in ({"causal": True}, {"causal": True, "mask": torch.rand(150, 150) > 0.5}):
         out = F.attention(*leaves, **options)
         golden = reference.attention(*doubles, **options)
         hit = ~torch.isfinite(golden)

@@ -248,6 +248,13 @@ class AttentionBackward : AttentionGradientRows<T, P> {
         left = pairs.finish();
       } else {
         multiply_keys(at, first, rows_end(first), width, seen, finite, alone);
+        if constexpr (P::kStep == 2) {
+          for (int64_t r = first; r < rows_end(first) && r == left; r += kTileRows) {
+            const int64_t tile_end = r + kTileRows < rows ? r + kTileRows : rows;
+            left =
+                typename Base::RowPairs(*this, scores, block_rows, r, tile_end, seen[r / kTileRows], 0, next).finish();
+          }
+        }
       }
       this->differentiate(t, scores, block_rows, left, end, seen, next);
     }

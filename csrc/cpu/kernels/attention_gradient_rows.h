@@ -73,9 +73,9 @@ struct AttentionGradientRows {
     }
   }
 
-#if TFORMER_HAS_TILES
-  // The rows of a row tile two by two, and of them the keys that one of its tiles holds at a time, beside products:
-  // what differentiate does, without gradients of what scores are made of besides products.
+#if TFORMER_HAS_BF16_PRODUCTS
+  // The rows of a row tile two by two, as operands are made of them: what differentiate does, without gradients of what
+  // scores are made of besides products. In tile registers beside products, and so many keys at a time as a tile holds.
   class RowPairs {
    public:
     RowPairs(const AttentionGradientRows& rows, const Scores<Real>& scores, const BlockRows& block, int64_t first,
@@ -84,12 +84,13 @@ struct AttentionGradientRows {
           block_(block),
           scores_(scores),
           range_(scores.range.from_key(block.key0)),
-          seen_(seen),
+          width_(round_up(block.width, 2 * L)),
+          seen_{seen.begin / (2 * L) * (2 * L), round_up(seen.end, 2 * L)},
           end_(block.finite && !rows.p.grad_bias && rows.p.softcap == 0 ? first + (end - first) / 2 * 2 : first),
           next_(next),
           r_(first),
-          j_(seen.begin),
-          share_((end_ - first) / 2 * ((seen.end - seen.begin + kKeysAtOnce - 1) / kKeysAtOnce), products) {}
+          j_(seen_.begin),
+          share_((end_ - first) / 2 * ((seen_.end - seen_.begin + kKeysAtOnce - 1) / kKeysAtOnce), products) {}
 
     // Called after each of those products.
     TFORMER_INLINE void operator()() {
@@ -102,7 +103,7 @@ struct AttentionGradientRows {
     }
 
    private:
-    static constexpr int64_t kKeysAtOnce = kSlices == 1 ? kKeys : 2 * L;
+    static constexpr int64_t kKeysAtOnce = kSlices == 1 ? kKeys : 2 * L, kNextRow = P::kTiles ? kTileSide : kAlong;
 
     __attribute__((noinline)) void make_one() {
       if (r_ >= end_) return;
@@ -125,9 +126,9 @@ struct AttentionGradientRows {
     }
 
     void leave_out_unseen() const {
-      for (int64_t j = 0; j < block_.width; j += 2 * L) {
+      for (int64_t j = 0; j < width_; j += 2 * L) {
         if (j == seen_.begin && j < seen_.end) j = seen_.end;
-        if (j == block_.width) break;
+        if (j == width_) break;
         for (int64_t slice = 0; slice < kTileUnit<P>; slice += kTileGroups) {
           for (int n = 0; n < 2; ++n) {
             const int64_t pair = down(r_, j + n * L) + slice;
@@ -141,7 +142,7 @@ struct AttentionGradientRows {
     void finish_scores() const {
       for (int64_t n = 0; n < 2; ++n) {
         Real* row = rows_.s + scores_place(r_ + n);
-        scores_.finish_row(row, block_.i + r_ + n, block_.key0, block_.width, nullptr);
+        scores_.finish_row(row, block_.i + r_ + n, block_.key0, width_, nullptr);
       }
     }
 
@@ -200,13 +201,13 @@ struct AttentionGradientRows {
             }
             const F all = weight[n][v] * (dweight * scale + row_delta[n]);
             ds[n][v] = score == none ? F{} : all;
-            weight[n][v] = kept;
+            weight[n][v] = score == none ? F{} : kept;  // lse may be NaN, from keys of another block
           }
         }
         const int64_t along = place_along<P>(r, j / 2, kAlong), pairs[] = {down(r, j), down(r, j + L)};
         P::store_pairs(p_down + pairs[0], weight[0][0], weight[1][0]);
         P::store_pairs(p_down + pairs[1], weight[0][1], weight[1][1]);
-        P::store_both({ds_along + along, ds_along + along + kTileSide}, {ds_down + pairs[0], ds_down + pairs[1]}, ds);
+        P::store_both({ds_along + along, ds_along + along + kNextRow}, {ds_down + pairs[0], ds_down + pairs[1]}, ds);
       }
     }
 
@@ -214,6 +215,7 @@ struct AttentionGradientRows {
     const BlockRows& block_;
     const Scores<Real>& scores_;
     const KeyRange range_;
+    const int64_t width_;  // whole pairs of vectors, as are the keys seen: what is beyond those of the block is hidden
     const Steps seen_;
     const int64_t end_;
     Upcoming<T>& next_;
