@@ -118,6 +118,15 @@ def test_cases_that_met_a_busy_machine_are_measured_on():
     assert records[2].percent_of_fma == pytest.approx(100 * 12 / 6 / 6.0)  # the highest ceiling: the last one's
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell has started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("at", "kept", "missing"), [(1, "ab", "c"), (4, "abc", "")])
 def test_an_interrupt_keeps_what_was_measured(at, kept, missing, how, capsys):
