@@ -108,7 +108,7 @@ struct NormParams {
   double eps, dropout_p;
   const int64_t* dropout_seed;  // one element, null without dropout
   bool rms;
-  bool around_cache;  // the results are larger than the caches and aligned to their lines: write them past these
+  bool around_cache;  // the results would not stay in the caches and are aligned to their lines: write them past these
 
   int64_t rows_ahead;  // forward: fetches the row so many after the one that is read; from M on none
 

@@ -220,7 +220,7 @@ def test_results_larger_than_the_caches(isa, dtype, width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["residual returned", "dropout"])
 def test_rows_from_memory(isa, dtype, variant):
-    """From 32 MB on backward takes rows one by one: against float64, where single rows are among the last ones too."""
+    """Backward takes rows one by one from 32 MB on, which a test of small calls does not reach."""
     width = 777
     shape = 33 * 2**20 // (3 * dtype.itemsize * width), width
     tensors, options = inputs(shape, dtype, variant)
