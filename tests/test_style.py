@@ -82,6 +82,14 @@ def test_cuda_sources_are_the_same_for_every_gpu():
     assert not lines_with(r"__CUDA_ARCH", files)
 
 
+def test_functions_that_only_prefetch_are_inlined():
+    """gcc takes them for functions without effects and drops their calls."""
+    kernels = [file for file in source_files(".h") if ROOT / "csrc/cpu/kernels" in file.parents]
+    definitions = r"^\s*(template <.*> ?)?(static |inline )*TFORMER_INLINE void (pre)?fetch\w*\("
+    assert len(lines_with(definitions, kernels)) > 4
+    assert not lines_with(r"^\s*(template <.*> ?)?(static |inline )*void (pre)?fetch\w*\(", kernels)
+
+
 def test_no_loose_ends():
     assert not lines_with(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b", source_files(*CODE))
 

@@ -149,7 +149,7 @@ class AttentionForward : AttentionTilesBeside<T, P> {
   }
 
   // The rows of the next tile arrive while this one is computed.
-  void prefetch_queries(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t q_end) const {
+  TFORMER_INLINE void prefetch_queries(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t q_end) const {
     const T* q = row_of<const T>(p.q, b, h, s.q_begin + i);
     for (int64_t r = 0; r < kTileRows && i + r < q_end; ++r) prefetch_row(q + r * p.q.stride[2], p.D);
   }

@@ -57,6 +57,8 @@ ProductOperands<P> packed_product(const typename P::Group* a, int64_t groups, co
 // Rows read ahead of their use: a row is too short, and the next one too far away, for the CPU to see it coming.
 constexpr int64_t kRowsAhead = 16;
 
+// Inlined, as all that only prefetches has to be: gcc takes such a function for one without effects, and drops calls
+// of it.
 template <class T>
 TFORMER_INLINE void prefetch_row(const T* row, int64_t width) {
   constexpr int64_t kLine = 64 / sizeof(T);
