@@ -90,6 +90,15 @@ struct AttentionTask {
   bool want_dq, want_dkv, want_dbias;  // backward: which gradients this task writes
 };
 
+// Which task the thread takes after the one at hand; null if that is its last. Taken when it is asked for, so that its
+// rows can be fetched before it begins.
+struct NextTask {
+  const AttentionTask* (*take_from)(void* queue);
+  void* queue;
+
+  const AttentionTask* take() const { return take_from(queue); }
+};
+
 struct NormParams {
   int64_t M, N;          // rows, width
   DType dtype;           // of x, y and their gradients

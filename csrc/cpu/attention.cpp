@@ -211,6 +211,26 @@ Work backward_work(const AttentionParams& p, bool bias_has_rows) {
   return work;
 }
 
+// run(task, next task, scratch of so many bytes) for each of them.
+template <class Scratch, class Run>
+void run_tasks(const AttentionParams& p, const Work& work, Scratch scratch, Run run) {
+  struct Queue {
+    const std::vector<AttentionTask>& tasks;
+    TaskTaker& taker;
+  };
+  const auto take_from = [](void* from) {
+    const Queue& queue = *static_cast<Queue*>(from);
+    const auto n = static_cast<size_t>(queue.taker.take_ahead());
+    return n < queue.tasks.size() ? &queue.tasks[n] : nullptr;
+  };
+  parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n, TaskTaker& taker) {
+    const FlushSubnormals flush;
+    const AttentionTask& task = work.tasks[static_cast<size_t>(n)];
+    Queue queue{work.tasks, taker};
+    run(p, task, NextTask{take_from, &queue}, ThreadScratch::get(scratch(p, task)));
+  });
+}
+
 void run_forward(AttentionParams& p, const Tensor& query) {
   const CpuKernels& kernels = cpu_kernels();
   p.part_keys = keys_of_part(p);
@@ -222,11 +242,7 @@ void run_forward(AttentionParams& p, const Tensor& query) {
     p.parts = parts->mutable_data_ptr();
   }
   const Work work = p.part_keys ? part_work(p) : forward_work(p);
-  parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n) {
-    const FlushSubnormals flush;
-    const AttentionTask& task = work.tasks[static_cast<size_t>(n)];
-    kernels.attention_forward(p, task, ThreadScratch::get(kernels.attention_forward_scratch(p, task)));
-  });
+  run_tasks(p, work, kernels.attention_forward_scratch, kernels.attention_forward);
   if (p.part_keys) {
     const FlushSubnormals flush;
     const AttentionTask all{0, p.B, 0, p.Hq, 0, p.Sq, 0, p.Sk, false, false, false};
@@ -366,17 +382,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   const CpuKernels& kernels = cpu_kernels();
   std::vector<double> sink_parts(sinks.has_value() ? static_cast<size_t>(p.B * p.Hq) : 0);
-  parallel_tasks(static_cast<int64_t>(sink_parts.size()), static_cast<double>(query.numel()), [&](int64_t n) {
-    const FlushSubnormals flush;
-    sink_parts[static_cast<size_t>(n)] = kernels.attention_sink_gradient(p, n / p.Hq, n % p.Hq);
-  });
+  parallel_tasks(static_cast<int64_t>(sink_parts.size()), static_cast<double>(query.numel()),
+                 [&](int64_t n, TaskTaker&) {
+                   const FlushSubnormals flush;
+                   sink_parts[static_cast<size_t>(n)] = kernels.attention_sink_gradient(p, n / p.Hq, n % p.Hq);
+                 });
   p.split = splits_products(p, true);
   const Work work = backward_work(p, bias_gradient.has_rows);
-  parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n) {
-    const FlushSubnormals flush;
-    const AttentionTask& task = work.tasks[static_cast<size_t>(n)];
-    kernels.attention_backward(p, task, ThreadScratch::get(kernels.attention_backward_scratch(p, task)));
-  });
+  run_tasks(p, work, kernels.attention_backward_scratch, kernels.attention_backward);
   Tensor grad_sinks =
       sinks.has_value() ? sum_over_batches(sink_parts, p.B, p.Hq, *sinks) : empty({0}, ScalarType::Float, query);
   return {grad_query, grad_key, grad_value, bias_gradient.result(p, bias, query), grad_sinks};

@@ -15,6 +15,7 @@ namespace tformer {
 enum class DType : int32_t;
 struct AttentionParams;
 struct AttentionTask;
+struct NextTask;
 struct NormParams;
 
 // Every *_scratch function gives the bytes that one thread's `scratch` must hold for these parameters.
@@ -23,12 +24,12 @@ struct CpuKernels {
   int vector_bytes;
   bool splits;  // attention has products of float32 and float16 from bfloat16 slices
 
-  void (*attention_forward)(const AttentionParams&, const AttentionTask&, void* scratch);
+  void (*attention_forward)(const AttentionParams&, const AttentionTask&, const NextTask&, void* scratch);
   void (*attention_merge)(const AttentionParams&, const AttentionTask&, void* scratch);
   size_t (*attention_forward_scratch)(const AttentionParams&, const AttentionTask&);
   // the part of the sinks' gradient that comes from one (batch, head)
   double (*attention_sink_gradient)(const AttentionParams&, int64_t b, int64_t h);
-  void (*attention_backward)(const AttentionParams&, const AttentionTask&, void* scratch);
+  void (*attention_backward)(const AttentionParams&, const AttentionTask&, const NextTask&, void* scratch);
   size_t (*attention_backward_scratch)(const AttentionParams&, const AttentionTask&);
 
   void (*norm_forward)(const NormParams&, int64_t row_begin, int64_t row_end, void* scratch);

@@ -81,17 +81,20 @@ class AttentionBackward : AttentionGradientRows<T, P> {
     bytes = scratch.used();
   }
 
-  void run(const AttentionTask& t) {
+  void run(const AttentionTask& t, const NextTask& then) {
     const typename P::Setup setup;
     for (int64_t b = t.b_begin; b < t.b_end; ++b) {
       const Sequence seq = sequence_of(p, b);
       for (int64_t h = t.h_begin; h < t.h_end; ++h) {
         if (h == t.h_begin || h % group == 0) std::memset(dkv_progress, kNothing, static_cast<size_t>(dkv_tiles()));
         next = Upcoming<T>();
+        expect_keys(t, seq, b, h, kKeys, seq.Sk);
         if (h + 1 < t.h_end) {
           expect(t, seq, b, h + 1);
         } else if (b + 1 < t.b_end) {
           expect(t, sequence_of(p, b + 1), b + 1, t.h_begin);
+        } else if (const AttentionTask* task = is_short(t) ? then.take() : nullptr) {
+          expect(*task, sequence_of(p, task->b_begin), task->b_begin, task->h_begin);
         }
         const bool last = h + 1 == t.h_end || (h + 1) % group == 0;  // of those that share dk and dv
         run_head(t, seq, b, h, last);
@@ -104,24 +107,37 @@ class AttentionBackward : AttentionGradientRows<T, P> {
   int64_t dq_tiles() const { return (q_count / kQueries + 1) * kQueryTiles; }
   int64_t dkv_tiles() const { return 2 * k_count / kKeys * kKeyTiles; }
 
+  // Whether what a head reads at its beginning is worth fetching early, and a task worth taking early for it.
+  bool is_short(const AttentionTask& t) const {
+    return Upcoming<T>::fits((t.q_end - t.q_begin) * (p.D + 2 * p.Dv) + kKeys * (p.D + p.Dv));
+  }
+
+  // What head h reads at its beginning.
   void expect(const AttentionTask& t, const Sequence& seq, int64_t b, int64_t h) {
-    const int64_t q_count = (t.q_end < seq.Sq ? t.q_end : seq.Sq) - t.q_begin, q0 = seq.q_begin + t.q_begin;
-    const int64_t k_count = (t.k_end < seq.Sk ? t.k_end : seq.Sk) - t.k_begin, k0 = seq.k_begin + t.k_begin;
-    next.add(row_of<const T>(p.q, b, h, q0), p.q.stride[2], q_count, p.D);
-    next.add(row_of<const T>(p.grad_o, b, h, q0), p.grad_o.stride[2], q_count, p.Dv);
-    next.add(row_of<const T>(p.o, b, h, q0), p.o.stride[2], q_count, p.Dv);
-    next.add(row_of<const T>(p.k, b, h / group, k0), p.k.stride[2], k_count, p.D);
-    next.add(row_of<const T>(p.v, b, h / group, k0), p.v.stride[2], k_count, p.Dv);
+    if (!is_short(t)) return;
+    const int64_t count = (t.q_end < seq.Sq ? t.q_end : seq.Sq) - t.q_begin, q0 = seq.q_begin + t.q_begin;
+    next.add(row_of<const T>(p.q, b, h, q0), p.q.stride[2], count, p.D);
+    next.add(row_of<const T>(p.grad_o, b, h, q0), p.grad_o.stride[2], count, p.Dv);
+    next.add(row_of<const T>(p.o, b, h, q0), p.o.stride[2], count, p.Dv);
+    expect_keys(t, seq, b, h, 0, kKeys);
+  }
+
+  // Its keys [from, to) of those of the task.
+  void expect_keys(const AttentionTask& t, const Sequence& seq, int64_t b, int64_t h, int64_t from, int64_t to) {
+    const int64_t end = t.k_end < seq.Sk ? t.k_end : seq.Sk, begin = t.k_begin + from;
+    const int64_t count = (t.k_begin + to < end ? t.k_begin + to : end) - begin, k0 = seq.k_begin + begin;
+    next.add(row_of<const T>(p.k, b, h / group, k0), p.k.stride[2], count, p.D);
+    next.add(row_of<const T>(p.v, b, h / group, k0), p.v.stride[2], count, p.Dv);
   }
 
   void run_head(const AttentionTask& t, const Sequence& seq, int64_t b, int64_t h, bool last_head) {
     const int64_t q_end = t.q_end < seq.Sq ? t.q_end : seq.Sq;
     const int64_t k_end = t.k_end < seq.Sk ? t.k_end : seq.Sk;
     if (t.q_begin >= q_end) return;
-    next.spread_over((q_end - t.q_begin) * ((k_end - t.k_begin + kKeys - 1) / kKeys));
+    const Scores<Real> scores(p, seq, b, h);
+    next.spread_over(register_tiles(t, scores.range, q_end, k_end));
     pack_queries(seq, b, h, t.q_begin, q_end, t.want_dkv);
     std::memset(dq_progress, kNothing, static_cast<size_t>(dq_tiles()));
-    const Scores<Real> scores(p, seq, b, h);
     for (int64_t key0 = t.k_begin; key0 < k_end; key0 += kKeys) {
       const Keys keys{b, h, key0, k_end - key0 < kKeys ? k_end - key0 : kKeys, key0 + kKeys >= k_end};
       int64_t block = next_block(scores, keys, t.q_begin, q_end);
@@ -144,6 +160,23 @@ class AttentionBackward : AttentionGradientRows<T, P> {
       write(dq_progress[i / kTileRows], dq + i * q_columns, q_columns, p.grad_q, b, h, seq.q_begin + t.q_begin + i,
             rows, rows, p.D);
     }
+  }
+
+  // Of the products of a head, as far as position alone shows.
+  int64_t register_tiles(const AttentionTask& t, const KeyRange& range, int64_t q_end, int64_t k_end) const {
+    const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    constexpr int64_t kStrip = P::kTileColumns * L;
+    const int64_t strips = parts(q_columns, kStrip), v_strips = parts(v_columns, kStrip);
+    int64_t count = 0;
+    for (int64_t key0 = t.k_begin; key0 < k_end; key0 += kKeys) {
+      const int64_t keys = k_end - key0 < kKeys ? k_end - key0 : kKeys, first = range.query_begin(key0);
+      const int64_t rows = range.query_end(key0 + keys - 1, q_end) - (first > t.q_begin ? first : t.q_begin);
+      if (rows <= 0) continue;
+      count += parts(rows, kTileRows) * 2 * parts(keys, kPanel<P>);
+      if (t.want_dq) count += parts(rows, kTileRows) * strips;
+      if (t.want_dkv) count += parts(rows, kQueries) * parts(keys, kTileRows) * (strips + v_strips);
+    }
+    return count;
   }
 
   // A block of keys and a query head.
@@ -243,7 +276,7 @@ class AttentionBackward : AttentionGradientRows<T, P> {
         const int64_t products =
             kSlices > 1 && after < rows ? keys_products(rows_end(after) - after, seen[after / kTileRows]) : 0;
         typename Base::RowPairs pairs(*this, scores, block_rows, first, rows_end(first), seen[first / kTileRows],
-                                      products, next);
+                                      products);
         if (after < rows) multiply_keys(at, after, rows_end(after), width, seen, finite, pairs);
         left = pairs.finish();
       } else {
@@ -251,12 +284,11 @@ class AttentionBackward : AttentionGradientRows<T, P> {
         if constexpr (P::kStep == 2) {
           for (int64_t r = first; r < rows_end(first) && r == left; r += kTileRows) {
             const int64_t tile_end = r + kTileRows < rows ? r + kTileRows : rows;
-            left =
-                typename Base::RowPairs(*this, scores, block_rows, r, tile_end, seen[r / kTileRows], 0, next).finish();
+            left = typename Base::RowPairs(*this, scores, block_rows, r, tile_end, seen[r / kTileRows], 0).finish();
           }
         }
       }
-      this->differentiate(t, scores, block_rows, left, end, seen, next);
+      this->differentiate(t, scores, block_rows, left, end, seen);
     }
     if (t.want_dkv) {
       const int64_t key = key0 - t.k_begin, row_steps = padded / P::kStep;
@@ -279,8 +311,8 @@ class AttentionBackward : AttentionGradientRows<T, P> {
         for (int64_t n = 0; n < 2 * kKeyTiles && last_rows; ++n) progress[n] |= kLast;
         const auto add = [&](const Group* weights, const Group* rows, int64_t columns, Real* sums, uint8_t* have,
                              const Rows& to, int64_t to_width) {
-          const Gradient into{sums + key * columns, columns,  have,   row_of<T>(to, b, h / group, seq.k_begin + key0),
-                              to.stride[2],         to_width, nullptr};
+          const Gradient into{sums + key * columns, columns,  have,    row_of<T>(to, b, h / group, seq.k_begin + key0),
+                              to.stride[2],         to_width, nullptr, true};
           rows += place_down<P>(pair, 0, columns, steps);
           multiply({weights, 1, kKeys, rows, columns, row_steps}, keys, columns, into, rows_of, finite,
                    {hidden, 1, kKeys, 0});
@@ -308,7 +340,7 @@ class AttentionBackward : AttentionGradientRows<T, P> {
   // The products with keys of the rows [first, end) of a block: s and dp.
   template <class Beside>
   void multiply_keys(int64_t at, int64_t first, int64_t end, int64_t width, const Steps* seen, bool finite,
-                     Beside&& beside) const {
+                     Beside&& beside) {
     for (int64_t n = 0; n < width; n += kPanel<P>) {
       const auto panel = [&](ProductOperands<P> m, const Group* transposed, Real* c) {
         m.a = m.a_at(at + first, 0), m.b = transposed + panel_place<P>(n, m.steps);
@@ -333,6 +365,7 @@ class AttentionBackward : AttentionGradientRows<T, P> {
           } else {
             register_tile_rows<P>(tile_rows, columns, m, into, a, b, m.steps, r - first, from);
           }
+          next.fetch();
         }
       };
       panel(q_k, k_t, s + Base::scores_place(first));
@@ -351,9 +384,9 @@ class AttentionBackward : AttentionGradientRows<T, P> {
 
   template <class StepsOf>
   void multiply(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Gradient& into, StepsOf&& steps_of,
-                bool finite, const Hidden& terms) const {
+                bool finite, const Hidden& terms) {
     if (finite) {
-      product<P>(m, rows, columns, into, steps_of);
+      product<P>(m, rows, columns, into, steps_of, [&]() TFORMER_LAMBDA { next.fetch(); });
     } else {
       product_without_hidden<P>(m, rows, columns, into, terms);
     }
@@ -366,7 +399,7 @@ class AttentionBackward : AttentionGradientRows<T, P> {
   // Adds the product to the transposed sums of a block of keys, key tile by key tile.
   template <class StepsOf>
   void add_transposed(const ProductOperands<P>& m, int64_t rows, int64_t width, Real* sums, uint8_t* progress,
-                      StepsOf&& steps_of, bool finite) const {
+                      StepsOf&& steps_of, bool finite) {
     for (int64_t j = 0; j < width; j += kTileRows, ++progress) {
       const Steps sum = finite ? steps_of(j) : Steps{0, m.steps};
       if (sum.begin >= sum.end) continue;
@@ -376,6 +409,7 @@ class AttentionBackward : AttentionGradientRows<T, P> {
         if (finite) {
           register_tile_rows<P>(count, 2, m, into, m.a_at(d, sum.begin), m.b_at(sum.begin, j), sum.end - sum.begin, d,
                                 j);
+          next.fetch();
         } else {
           ProductOperands<P> tile = m;
           tile.a = m.a_at(d, 0), tile.b = m.b_at(0, j);

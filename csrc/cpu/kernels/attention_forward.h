@@ -35,7 +35,7 @@ class AttentionForward : AttentionTilesBeside<T, P> {
     bytes = scratch.used();
   }
 
-  void run(const AttentionTask& t) {
+  void run(const AttentionTask& t, const NextTask& then) {
     const typename P::Setup setup;
     for (int64_t b = t.b_begin; b < t.b_end; ++b) {
       const Sequence s = sequence_of(p, b);
@@ -45,6 +45,8 @@ class AttentionForward : AttentionTilesBeside<T, P> {
           expect(next, t, s, b, h + group);
         } else if (b + 1 < t.b_end) {
           expect(next, t, sequence_of(p, b + 1), b + 1, t.h_begin);
+        } else if (const AttentionTask* task = is_short(s) ? then.take() : nullptr) {
+          expect(next, *task, sequence_of(p, task->b_begin), task->b_begin, task->h_begin);
         }
         run_group(t, s, b, h, next);
       }
@@ -83,9 +85,12 @@ class AttentionForward : AttentionTilesBeside<T, P> {
     row_m[i] = m, row_l[i] = l;
   }
 
+  // Whether the rows of a head are worth fetching early, and a task worth taking early for it.
+  bool is_short(const Sequence& s) const { return !p.part_keys && Upcoming<T>::fits(s.Sk * (p.D + p.Dv)); }
+
   // Keys, values and first queries of the heads from h.
   void expect(Upcoming<T>& next, const AttentionTask& t, const Sequence& s, int64_t b, int64_t h) const {
-    if (t.q_begin >= s.Sq) return;
+    if (t.q_begin >= s.Sq || !is_short(s)) return;
     const int64_t rows = s.Sq - t.q_begin < kTileRows ? s.Sq - t.q_begin : kTileRows;
     next.add(row_of<const T>(p.k, b, h / group, s.k_begin), p.k.stride[2], s.Sk, p.D);
     next.add(row_of<const T>(p.v, b, h / group, s.k_begin), p.v.stride[2], s.Sk, p.Dv);

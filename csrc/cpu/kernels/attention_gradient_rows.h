@@ -3,7 +3,6 @@
 
 #include "scores.h"
 #include "scratch.h"
-#include "upcoming.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
@@ -59,9 +58,8 @@ struct AttentionGradientRows {
   // Rows [first, end) of a block, for which there are s and dp; those past block.rows are padding. seen: the keys of
   // each row tile that there are products for.
   void differentiate(const AttentionTask& t, const Scores<Real>& scores, const BlockRows& block, int64_t first,
-                     int64_t end, const Steps* seen, Upcoming<T>& next) {
+                     int64_t end, const Steps* seen) {
     for (int64_t r = first; r < end; ++r) {
-      next.fetch();
       const Row row{s + scores_place(r), dp + scores_place(r), hidden + r * kKeys};
       if (r < block.rows) {
         differentiate_row(t, scores, block, r, row, seen[r / kTileRows]);
@@ -79,7 +77,7 @@ struct AttentionGradientRows {
   class RowPairs {
    public:
     RowPairs(const AttentionGradientRows& rows, const Scores<Real>& scores, const BlockRows& block, int64_t first,
-             int64_t end, const Steps& seen, int64_t products, Upcoming<T>& next)
+             int64_t end, const Steps& seen, int64_t products)
         : rows_(rows),
           block_(block),
           scores_(scores),
@@ -87,7 +85,6 @@ struct AttentionGradientRows {
           width_(round_up(block.width, 2 * L)),
           seen_{seen.begin / (2 * L) * (2 * L), round_up(seen.end, 2 * L)},
           end_(block.finite && !rows.p.grad_bias && rows.p.softcap == 0 ? first + (end - first) / 2 * 2 : first),
-          next_(next),
           r_(first),
           j_(seen_.begin),
           share_((end_ - first) / 2 * ((seen_.end - seen_.begin + kKeysAtOnce - 1) / kKeysAtOnce), products) {}
@@ -122,7 +119,6 @@ struct AttentionGradientRows {
       j_ = end;
       if (j_ < seen_.end) return;
       j_ = seen_.begin, r_ += 2;
-      next_.fetch(), next_.fetch();
     }
 
     void leave_out_unseen() const {
@@ -218,7 +214,6 @@ struct AttentionGradientRows {
     const int64_t width_;  // whole pairs of vectors, as are the keys seen: what is beyond those of the block is hidden
     const Steps seen_;
     const int64_t end_;
-    Upcoming<T>& next_;
     int64_t r_, j_;
     EvenShare share_;
     alignas(64) float keep_[2 * kKeys];

@@ -5,7 +5,6 @@
 #include "online_softmax.h"
 #include "scores.h"
 #include "scratch.h"
-#include "upcoming.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {

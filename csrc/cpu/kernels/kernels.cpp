@@ -80,10 +80,10 @@ auto for_norm_types(F&& f, const NormParams& p, const Rest&... rest) {
   });
 }
 
-void attention_forward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
+void attention_forward(const AttentionParams& p, const AttentionTask& t, const NextTask& then, void* scratch) {
   for_products<&CpuKernels::attention_forward>(
-      [&](auto x, auto pack) { AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t); }, p, t,
-      scratch);
+      [&](auto x, auto pack) { AttentionForward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t, then); }, p,
+      t, then, scratch);
 }
 
 void attention_merge(const AttentionParams& p, const AttentionTask& t, void* scratch) {
@@ -102,10 +102,10 @@ double attention_sink_gradient_of(const AttentionParams& p, int64_t b, int64_t h
   return for_dtype(p.dtype, [&](auto x) { return attention_sink_gradient<decltype(x)>(p, b, h); });
 }
 
-void attention_backward(const AttentionParams& p, const AttentionTask& t, void* scratch) {
+void attention_backward(const AttentionParams& p, const AttentionTask& t, const NextTask& then, void* scratch) {
   for_products<&CpuKernels::attention_backward>(
-      [&](auto x, auto pack) { AttentionBackward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t); }, p, t,
-      scratch);
+      [&](auto x, auto pack) { AttentionBackward<decltype(x), decltype(pack)>(p, t, Scratch(scratch)).run(t, then); },
+      p, t, then, scratch);
 }
 
 size_t attention_backward_scratch(const AttentionParams& p, const AttentionTask& t) {

@@ -57,28 +57,6 @@ ProductOperands<P> packed_product(const typename P::Group* a, int64_t groups, co
 // Rows read ahead of their use: a row is too short, and the next one too far away, for the CPU to see it coming.
 constexpr int64_t kRowsAhead = 16;
 
-// Inlined, as all that only prefetches has to be: gcc takes such a function for one without effects, and drops calls
-// of it.
-template <class T>
-TFORMER_INLINE void prefetch_row(const T* row, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d);
-}
-
-// Likewise, but into the second-level cache.
-template <class T>
-TFORMER_INLINE void fetch_row(const T* row, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 2);
-}
-
-// Likewise, for a row that will be written soon.
-template <class T>
-TFORMER_INLINE void fetch_row_to_write(const T* row, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 1);
-}
-
 // Whether all elements of the groups seen are finite: none has all bits of the exponent set.
 template <class P>
 class Finite {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "operands.h"
+#include "upcoming.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
@@ -106,6 +107,8 @@ struct IntoSums {
   bool stays(int64_t) const { return true; }
   template <int kColumns>
   void leave(int64_t, int64_t, const Vec<Real> (&)[kColumns]) const {}
+  template <int kRows, int kColumns>
+  TFORMER_INLINE void fetch_places(int64_t, int64_t) const {}
 
   template <int kRows, int kColumns>
   TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kRows][kColumns]) const {
@@ -141,14 +144,15 @@ struct IntoRows {
   T* rows;
   int64_t row, width;
   const Real* factors;
+  bool fetches;                                             // asks for a place in memory before the product for it
   int64_t c_side = kTileSide, c_below = kTileSide * c_row;  // as in IntoSums
   bool wants_empty(int64_t r) const { return progress[r / kTileRows] & kLast; }
   bool adds(int64_t r) const { return progress[r / kTileRows] & kSums; }
   bool stays(int64_t r) const { return !(progress[r / kTileRows] & kLast); }
   // C as sums_place has it.
   static IntoRows kept(Real* c, int64_t columns, uint8_t* progress, T* rows, int64_t row, int64_t width) {
-    if (!P::kTiles) return {c, columns, progress, rows, row, width, nullptr};
-    return {c, kTileSide, progress, rows, row, width, nullptr, kTileSide * kTileSide, kTileSide * columns};
+    if (!P::kTiles) return {c, columns, progress, rows, row, width, nullptr, true};
+    return {c, kTileSide, progress, rows, row, width, nullptr, true, kTileSide * kTileSide, kTileSide * columns};
   }
   // After the product: a row tile with or without steps.
   void advance(int64_t r, bool steps) const {
@@ -160,6 +164,15 @@ struct IntoRows {
   TFORMER_INLINE void operator()(int64_t r, int64_t column, const Vec<Real> (&sums)[kRows][kColumns]) const {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) take_row(r + i, column, sums[i]);
+  }
+
+  // The places in memory of a register tile, if its sums leave for there.
+  template <int kRows, int kColumns>
+  TFORMER_INLINE void fetch_places(int64_t r, int64_t column) const {
+    if (!fetches || !(progress[r / kTileRows] & kLast)) return;
+    const T* to = rows + r * row + column;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i, to += row) fetch_row_to_write(to, kColumns * L);
   }
 
   // The sums of row r for its place in memory.
@@ -204,6 +217,7 @@ __attribute__((noinline)) void register_tile(const ProductOperands<P>& m, const 
                                              const typename P::Group* b, int64_t steps, int64_t r, int64_t column,
                                              const Into& into) {
   Vec<typename P::Real> acc[kRows][kColumns];
+  into.template fetch_places<kRows, kColumns>(r, column);
   multiply_tile<P>(m, a, b, steps, acc);
   into(r, column, acc);
 }
@@ -348,9 +362,10 @@ struct Steps {
 };
 
 // The sums of A B (rows x columns) to where `into` says; columns is a whole number of vectors. steps_of(r): those of
-// the sums of the row tile from r, where the others are known to be 0.
-template <class P, class Into, class StepsOf>
-void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Into& into, StepsOf&& steps_of) {
+// the sums of the row tile from r, where the others are known to be 0. beside() is called after each register tile.
+template <class P, class Into, class StepsOf, class Beside>
+void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Into& into, StepsOf&& steps_of,
+             Beside&& beside) {
   constexpr int L = kLanes<typename P::Real>, kTileRows = P::kTileRows, kTileColumns = P::kTileColumns;
   const int64_t vectors = columns / L;
   const int64_t strips = (vectors + kTileColumns - 1) / kTileColumns;
@@ -362,13 +377,15 @@ void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const I
       if (steps == 0 && !into.wants_empty(r)) continue;
       register_tile_rows<P>(rows - r < kTileRows ? rows - r : kTileRows, static_cast<int>(last - first), m, into,
                             m.a_at(r, sum.begin), m.b_at(sum.begin, first * L), steps, r, first * L);
+      beside();
     }
   }
 }
 
 template <class P, class Into>
 void product(const ProductOperands<P>& m, int64_t rows, int64_t columns, const Into& into) {
-  product<P>(m, rows, columns, into, [&](int64_t) TFORMER_LAMBDA { return Steps{0, m.steps}; });
+  const auto all = [&](int64_t) TFORMER_LAMBDA { return Steps{0, m.steps}; };
+  product<P>(m, rows, columns, into, all, []() TFORMER_LAMBDA {});
 }
 
 // What a term of a product must not be added for: at[r * row + k * step + n * column], k counting elements.

@@ -1,25 +1,55 @@
-// What the next head will read, on its way into the second-level cache while this head is computed. Short sequences are
-// bound by memory otherwise: a head's rows are read once, and computed with for no longer than it takes to fetch them.
+// Rows asked of memory before their use. Short sequences are bound by memory otherwise: a head's rows are read once,
+// and computed with for no longer than it takes to fetch them.
 #pragma once
 
-#include "packing.h"
+#include "vec.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
 
+// Inlined, as all that only prefetches has to be: gcc takes such a function for one without effects, and drops calls
+// of it.
+template <class T>
+TFORMER_INLINE void prefetch_row(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d);
+}
+
+// Likewise, but into the second-level cache.
+template <class T>
+TFORMER_INLINE void fetch_row(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 2);
+}
+
+// Likewise, for a row that will be written soon.
+template <class T>
+TFORMER_INLINE void fetch_row_to_write(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 1);
+}
+
+// What will be read next, on its way into the second-level cache beside products. Rows of heads lie apart, so that the
+// CPU does not see them coming, and it drops what is asked for while it waits for as many lines as it can: the requests
+// are spread evenly.
 template <class T>
 class Upcoming {
  public:
   void add(const T* rows, int64_t stride, int64_t count, int64_t width) {
     if (count <= 0) return;
     parts_[count_++] = {rows, stride, count, width};
-    rows_ += count, bytes_ += count * width * static_cast<int64_t>(sizeof(T));
+    rows_ += count;
   }
 
-  // To be fetched in `calls` calls of fetch(); not at all if it would push out what is at work now.
-  void spread_over(int64_t calls) {
+  // Whether so many numbers can wait in the second-level cache without pushing out what is at work.
+  static bool fits(int64_t numbers) {
     constexpr int64_t kMostBytes = 256 * 1024;
-    if (bytes_ > kMostBytes || calls <= 0) return;
+    return numbers * static_cast<int64_t>(sizeof(T)) <= kMostBytes;
+  }
+
+  // To be fetched in `calls` calls of fetch().
+  void spread_over(int64_t calls) {
+    if (calls <= 0) return;
     share_ = (rows_ + calls - 1) / calls;
     begin_part();
   }
@@ -44,9 +74,9 @@ class Upcoming {
     if (at_ < count_) now_ = parts_[at_++];
   }
 
-  Part parts_[5] = {}, now_ = {};
+  Part parts_[7] = {}, now_ = {};
   int count_ = 0, at_ = 0;
-  int64_t rows_ = 0, bytes_ = 0, share_ = 0;
+  int64_t rows_ = 0, share_ = 0;
 };
 
 }  // namespace
