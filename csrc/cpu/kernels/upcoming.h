@@ -2,6 +2,8 @@
 // and computed with for no longer than it takes to fetch them.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace tformer::TFORMER_ISA {
@@ -54,12 +56,23 @@ class Upcoming {
     begin_part();
   }
 
-  // The next rows, of one part at most. In a loop over registers alone: this is called beside every few products.
+  // The next rows, of one part at most. In loops over registers alone: this is called beside every few products.
   TFORMER_INLINE void fetch() {
     const int64_t count = now_.count < share_ ? now_.count : share_;
     if (count == 0) return;
     const T* row = now_.rows;
-    for (int64_t n = 0; n < count; ++n, row += now_.stride) fetch_row(row, now_.width);
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const auto fetch_rows = [&](auto width) TFORMER_LAMBDA {
+      for (int64_t n = 0; n < count; ++n, row += now_.stride) fetch_row(row, width);
+    };
+    // heads of 64: a loop over lines whose end is not known is a mispredicted branch a row
+    if (now_.width == 2 * kLine) {
+      fetch_rows(std::integral_constant<int64_t, 2 * kLine>{});
+    } else if (now_.width == 4 * kLine) {
+      fetch_rows(std::integral_constant<int64_t, 4 * kLine>{});
+    } else {
+      fetch_rows(now_.width);
+    }
     now_.rows = row;
     now_.count -= count;
     if (now_.count == 0) begin_part();
