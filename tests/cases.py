@@ -86,6 +86,13 @@ CASES = [
     Case("several parts with one query", (2, 16, 2, 1, 1100, 33, 16), {"key_lengths": [1100, 450]}),
     Case("several parts none seen", (1, 2, 2, 8, 1300, 16, 16), {"window": (600, 2), "softcap": 9.0}, mask=(8, 1300)),
     Case("several parts with dropout", (1, 2, 1, 5, 1300, 9, 9), {"dropout_p": 0.2, "dropout_seed": 5}, bias=(5, 1300)),
+    Case("few rows of several parts", (2, 8, 2, 1, 1100, 64, 64), {"key_lengths": [1100, 450]}, layout="BSHD"),
+    Case("few rows of odd sizes", (1, 4, 2, 3, 1503, 33, 40), {"causal": "lower_right"}, sinks=True, layout="packed"),
+    Case(
+        "few rows with everything", (1, 2, 2, 4, 1300, 9, 16),
+        {"causal": "lower_right", "window": (900, 0), "softcap": 9.0, "dropout_p": 0.2, "dropout_seed": 5},
+        bias=(4, 1300), mask=(1, 2, 4, 1300), alibi="H",
+    ),
     Case("rising scores", (1, 2, 2, 20, 300, 16, 16), {"scale": 6.0}),
     Case("several key ranges", (1, 2, 1, 40, 2500, 32, 32), {"causal": "lower_right"}),
     Case("several key ranges with mask", (1, 1, 1, 13, 2500, 64, 64), mask=(1, 1, 1, 2500), bias=(1, 1, 13, 2500)),

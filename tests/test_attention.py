@@ -158,12 +158,19 @@ def test_gradients_where_a_mask_hides_what_would_have_come_last(value, attention
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_inputs_reach_exactly_what_the_formula_says(dtype, where, bad, attention_kernels_emulated_too):
-    leaves = [torch.randn(1, 1, 150, 16).to(dtype) for _ in range(3)]  # more than one block of keys on every path
-    leaves[("query", "key", "value").index(where)][0, 0, 50, 3] = bad
+@pytest.mark.parametrize("queries, keys", [(150, 150), (3, 1100)])  # more than one block of keys on every path; parts
+def test_non_finite_inputs_reach_exactly_what_the_formula_says(
+    dtype, where, bad, queries, keys, attention_kernels_emulated_too
+):
+    leaves = [torch.randn(1, 1, n, 16).to(dtype) for n in (queries, keys, keys)]
+    bad_row = leaves[("query", "key", "value").index(where)][0, 0, :51][-1]
+    bad_row[3] = bad
     leaves = [t.requires_grad_() for t in leaves]
     doubles = [t.detach().double().requires_grad_() for t in leaves]
-    for options in ({"causal": True}, {"causal": True, "mask": torch.rand(150, 150) > 0.5}):
+    mask = torch.rand(queries, keys) > 0.5
+    mask[-2:, 50] = torch.tensor([True, False])
+    for options in ({}, {"mask": mask}):
+        options["causal"] = "lower_right"
         out = F.attention(*leaves, **options)
         golden = reference.attention(*doubles, **options)
         hit = ~torch.isfinite(golden)

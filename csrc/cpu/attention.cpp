@@ -88,20 +88,25 @@ int64_t keys_of_part(const AttentionParams& p) {
   return std::max(kLeastKeys, round_up((p.Sk + kMostParts - 1) / kMostParts, kKeyBlock));
 }
 
-// A task for each part of the keys of each key head.
+// A task for each part of the keys of a key head; of several heads where these lie side by side, since their rows are
+// then on the same pages, and there are tasks enough for the threads.
 Work part_work(const AttentionParams& p) {
   Work work;
-  const int64_t group = p.Hq / p.Hk;
+  const int64_t group = p.Hq / p.Hk, parts = p.B * ((p.Sk + p.part_keys - 1) / p.part_keys);
+  const bool side_by_side = p.k.stride[1] < p.k.stride[2];
+  const int64_t pieces = side_by_side ? std::min(parts_for(parts), p.Hk) : p.Hk;
+  const int64_t heads = group * ((p.Hk + pieces - 1) / pieces);
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = sequence_of(p, b);
     const KeyRange range(p, s);
     const int64_t begin = s.Sq > 0 ? range.begin(0) : 0, end = s.Sq > 0 ? range.end(s.Sq - 1) : 0;
-    for (int64_t h = 0; h < p.Hq; h += group) {
+    for (int64_t h = 0; h < p.Hq; h += heads) {
+      const int64_t h_end = std::min(h + heads, p.Hq), key_heads = (h_end - h) / group;
       for (int64_t j = 0; j < p.Sk; j += p.part_keys) {
         const int64_t stop = std::min(j + p.part_keys, p.Sk);
         const double seen = static_cast<double>(std::max<int64_t>(std::min(stop, end) - std::max(j, begin), 0));
-        work.add({b, b + 1, h, h + group, 0, s.Sq, j, stop, false, false, false},
-                 seen * static_cast<double>((group * s.Sq + 8) * (p.D + p.Dv)));
+        work.add({b, b + 1, h, h_end, 0, s.Sq, j, stop, false, false, false},
+                 seen * static_cast<double>(key_heads * (group * s.Sq + 8) * (p.D + p.Dv)));
       }
     }
   }

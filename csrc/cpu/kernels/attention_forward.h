@@ -113,9 +113,17 @@ class AttentionForward : AttentionTilesBeside<T, P> {
       const int64_t left = clamp(k_end - key0, 0, range_keys), padded = round_up(left, kColumnUnit<P>);
       const T* k = row_of<const T>(p.k, b, kv_head, s.k_begin + key0);
       const T* v = row_of<const T>(p.v, b, kv_head, s.k_begin + key0);
-      pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys, this->finite_keys = {});
+      const bool few_rows = p.part_keys && group * p.Sq <= kTileRows;
+      this->keys_present = left;
+      this->keys_in_place = Base::kReadsKeys && few_rows ? k : nullptr;
+      this->values_in_place = Base::kReadsValues && few_rows && p.Dv % L == 0 ? v : nullptr;
+      if (!this->keys_in_place) pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys, this->finite_keys = {});
       Finite<P> finite;
-      pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values, range_keys / P::kStep, finite);
+      if (!this->values_in_place) {
+        pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values, range_keys / P::kStep, finite);
+      } else if constexpr (Base::kReadsValues) {
+        see_rows<P>(v, p.v.stride[2], left, p.Dv, finite);
+      }
       last = key0 + range_keys >= seen_end;
       int64_t tile = 0;
       // one query of each head, and nothing that differs between heads: they are the rows of a tile

@@ -28,6 +28,11 @@ struct AttentionRowTiles {
   uint8_t *live, *hidden;
   const Dropout dropout;
   FiniteSlices<P> finite_keys, finite_queries;
+  // Where so few rows meet the keys of a range that packing would take longer than it saves: keys and values in the
+  // caller's tensors, or null; of values only numbers that products take as they are.
+  static constexpr bool kReadsKeys = !P::kTiles, kReadsValues = std::is_same_v<T, Group>;
+  const T *keys_in_place = nullptr, *values_in_place = nullptr;
+  int64_t keys_present = 0;  // of the range
 
   AttentionRowTiles(const AttentionParams& params, Scratch& scratch)
       : p(params),
@@ -101,7 +106,7 @@ struct AttentionRowTiles {
     if (seen.begin >= seen.end) return;
     Real rescale[kTileRows];
     for (int64_t r = 0; r < tile.rows; ++r) rescale[r] = 1;
-    const bool plain = kTileColumns == 4 && row_scores.by_keys && finite && p.dropout_p == 0;
+    const bool plain = kTileColumns == 4 && row_scores.by_keys && finite && p.dropout_p == 0 && !keys_in_place;
     const int64_t step = plain ? kPanel<P> : seen.end - seen.begin;
     for (int64_t j = seen.begin; j < seen.end; j += step) {
       const Keys some{key0, seen.begin, j, j + step < seen.end ? j + step : seen.end};
@@ -171,7 +176,7 @@ struct AttentionRowTiles {
     const T* q = row_of<const T>(p.q, tile.b, tile.h, s.q_begin + tile.i);
     const int64_t stride = tile.rows_are_heads ? p.q.stride[1] : p.q.stride[2];
     Product m = packed_product<P>(queries, q_groups, nullptr, kPanel<P>, groups, groups);
-    if (in_place<P, T>(p.D, stride, tile.rows)) {
+    if (!keys_in_place && in_place<P, T>(p.D, stride, tile.rows)) {
       m.take_rows(reinterpret_cast<const Group*>(q), stride / P::kStep);
     } else {
       const int64_t padded = round_up(tile.rows, P::kRowUnit);
@@ -183,6 +188,13 @@ struct AttentionRowTiles {
   // The product of the weights of the keys [from, to) of a stretch with their values.
   Product values_product(const Group* of, const Span& stretch, int64_t from, int64_t to) const {
     const int64_t steps = range_keys / P::kStep;
+    if constexpr (kReadsValues) {
+      if (values_in_place) {
+        const int64_t stride = p.v.stride[2], count = clamp(keys_present, from, to) - from;
+        return packed_product<P>(of + (from - stretch.begin), weight_groups, values_in_place + from * stride, stride, 0,
+                                 count);
+      }
+    }
     return packed_product<P>(of + place_along<P>(0, (from - stretch.begin) / P::kStep, weight_groups), weight_groups,
                              values + place_down<P>(from / P::kStep, 0, out_columns, steps), out_columns, steps,
                              (to - from) / P::kStep);
@@ -282,6 +294,12 @@ struct AttentionRowTiles {
       const int64_t columns = some.to - n * kPanel<P> < kPanel<P> ? some.to - n * kPanel<P> : kPanel<P>;
       const IntoSums<P> panel{to + n * kPanel<P> - some.from, score_keys(), false};
       m.b = keys + panel_place<P>(n * kPanel<P>, groups);
+      if constexpr (kReadsKeys) {
+        if (live[n] && keys_in_place) {
+          multiply_keys_in_place(m, rows, n * kPanel<P>, columns, panel.c);
+          continue;
+        }
+      }
       if (live[n]) {
         if (!finite_keys.holds() || !finite_queries.holds()) {
           product_without_hidden<P>(m, rows, columns, panel, Hidden{});
@@ -294,6 +312,62 @@ struct AttentionRowTiles {
       } else {
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t j = 0; j < columns; ++j) panel.c[r * score_keys() + j] = -kInfinity<Real>;
+        }
+      }
+    }
+  }
+
+  // Products of rows with the keys [from, from + columns) of the range, along the keys; those not present count as 0.
+  void multiply_keys_in_place(const Product& m, int64_t rows, int64_t from, int64_t columns, Real* to) const {
+    const int64_t present = clamp(keys_present - from, 0, columns);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = present / L * L; j < columns; j += L) store(to + r * score_keys() + j, Vec<Real>{});
+    }
+    switch (rows) {
+      case 1:
+        return multiply_along_keys<1>(m, from, present, to);
+      case 2:
+        return multiply_along_keys<2>(m, from, present, to);
+      case 3:
+        return multiply_along_keys<3>(m, from, present, to);
+      case 4:
+        return multiply_along_keys<4>(m, from, present, to);
+      case 5:
+        return multiply_along_keys<5>(m, from, present, to);
+      default:
+        return multiply_along_keys<kTileRows>(m, from, present, to);
+    }
+  }
+
+  template <int kRows>
+  TFORMER_INLINE void multiply_along_keys(const Product& m, int64_t from, int64_t count, Real* to) const {
+    const int64_t stride = p.k.stride[2], row = score_keys(), a_row = m.a_row;
+    const int64_t whole = p.D / (L * P::kStep) * L, ahead = keys_present - kRowsAhead;
+    for (int64_t j = 0; j < count; j += kTileColumns) {
+      const T* key[kTileColumns];  // the last one again where there are fewer
+      for (int64_t n = 0; n < kTileColumns; ++n) {
+        key[n] = keys_in_place + (from + (j + n < count ? j + n : count - 1)) * stride;
+        if (from + j + n < ahead) prefetch_row(key[n] + kRowsAhead * stride, p.D);
+      }
+      Vec<Real> acc[kRows][kTileColumns] = {};
+      const auto add = [&](int64_t d, int64_t end) TFORMER_LAMBDA {
+        Vec<Group> groups_of[kTileColumns];
+#pragma GCC unroll 4
+        for (int n = 0; n < kTileColumns; ++n) groups_of[n] = load_groups<P>(key[n], d, end).slice[0];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const Vec<Group> x = load(m.a + r * a_row + d);
+#pragma GCC unroll 4
+          for (int n = 0; n < kTileColumns; ++n) acc[r][n] = P::multiply_add(x, groups_of[n], acc[r][n]);
+        }
+      };
+      for (int64_t d = 0; d < whole; d += L) add(d, (d + L) * P::kStep);
+      if (whole * P::kStep < p.D) add(whole, p.D);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kTileColumns; ++n) {
+          if (j + n < count) to[r * row + j + n] = sum_lanes<Real>(acc[r][n]);
         }
       }
     }

@@ -20,7 +20,10 @@ struct Wide {  // one element a group
   static constexpr int kStep = 1, kSlices = 1, kSumUnit = 1, kRowUnit = 1;
   static constexpr int kTileRows = kVectorTileRows, kTileColumns = kVectorTileColumns;
   static constexpr bool kTiles = false;
-  static TFORMER_INLINE Vec<Real> multiply_add(Group a, Vec<Group> b, Vec<Real> c) { return a * b + c; }
+  template <class A>  // a group, or a vector of them
+  static TFORMER_INLINE Vec<Real> multiply_add(A a, Vec<Group> b, Vec<Real> c) {
+    return a * b + c;
+  }
   static TFORMER_INLINE Real element(Group g, int) { return g; }
   static TFORMER_INLINE Vec<Real> elements(Vec<Group> g, int) { return g; }
   static TFORMER_INLINE void store_along(Group* to, Vec<Real> x) { store(to, x); }
@@ -35,8 +38,9 @@ struct PairBf16 {
   static constexpr int kStep = 2, kSlices = 1, kSumUnit = 1, kRowUnit = 1;
   static constexpr int kTileRows = kVectorTileRows, kTileColumns = kVectorTileColumns;
   static constexpr bool kTiles = false;
-  static TFORMER_INLINE F multiply_add(Group a, U32 b, F c) {
-    return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)(U32{} + a), (__m512bh)b);
+  static TFORMER_INLINE F multiply_add(Group a, U32 b, F c) { return multiply_add(U32{} + a, b, c); }
+  static TFORMER_INLINE F multiply_add(U32 a, U32 b, F c) {
+    return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
   static TFORMER_INLINE float element(Group g, int i) {
     const uint32_t bits = i == 0 ? g << 16 : g & 0xffff0000u;

@@ -144,6 +144,16 @@ void pack_along_row(const T* rows, int64_t stride, int64_t count, int64_t padded
   see_all = see;
 }
 
+// Shows the groups of rows that are read where they are; rows of whole vectors.
+template <class P, class T, class See>
+void see_rows(const T* rows, int64_t stride, int64_t count, int64_t width, See&& see_all) {
+  auto see = see_all;  // in a register
+  for (int64_t r = 0; r < count; ++r, rows += stride) {
+    for (int64_t d = 0; d < width; d += kLanes<T>) see(load(rows + d));
+  }
+  see_all = see;
+}
+
 // Interleaves the halves of two vectors of n elements: (a0 b0 a1 b1 ...), kHigh ? upper halves : lower halves.
 template <bool kHigh, class V, int... kIndex>
 TFORMER_INLINE V zip(V a, V b, std::integer_sequence<int, kIndex...>) {
