@@ -32,8 +32,8 @@ TFORMER_INLINE void fetch_row_to_write(const T* row, int64_t width) {
 }
 
 // What will be read next, on its way into the second-level cache beside products. Rows of heads lie apart, so that the
-// CPU does not see them coming, and it drops what is asked for while it waits for as many lines as it can: the requests
-// are spread evenly.
+// CPU does not see them coming. Requests are spread evenly: a CPU may drop those that come while it waits for as many
+// lines as it can.
 template <class T>
 class Upcoming {
  public:
