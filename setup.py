@@ -202,7 +202,7 @@ class Build(cpp_extension.BuildExtension):
         self.cuda_archs = cuda_archs_from_environment() if self.cuda_toolkit else {}
         find_compiler()
         parts = [sys.implementation.cache_tag, f"torch{torch.__version__}", *self.sanitizers]
-        if Path(torch.__file__).is_relative_to(tempfile.gettempdir()):
+        if Path(torch.__file__).is_relative_to(tempfile.gettempdir()) and not Path(torch.__file__).is_relative_to(ROOT):
             parts.append("isolated")  # pip's throw-away environment: its paths, and so all commands, differ every time
         self.objects = os.path.join("build", "-".join(parts))
         self.build_temp = os.path.join(self.objects, "host-cuda" if self.cuda_toolkit else "host")
