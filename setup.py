@@ -42,26 +42,30 @@ HOST_SOURCES = [
 ]
 KERNEL_SOURCES = ["csrc/cpu/kernels/kernels.cpp"]
 
-# Least capable first, also in the link: of a template instantiated in several objects the linker keeps the
-# first copy, which must be one that every CPU can run.
+# Of each family of machines, least capable first, also in the link: of a template instantiated in several objects the
+# linker keeps the first copy, which must be one that every CPU can run.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
-ISA_FLAGS = {
+X86_ISAS = {
     "baseline": [],
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512bf16": AVX512BF16,
     "amxbf16": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
 }
+ARM_ISAS = {"baseline": [], "neonbf16": ["-march=armv8.2-a+bf16"]}
+ISA_FLAGS = {"x86_64": X86_ISAS, "amd64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 # An ISA that adds products of bfloat16 to another one has kernels of its own for these only.
-ISA_EXTENDS = {"avx512bf16": "avx512", "amxbf16": "avx512bf16"}
+ISA_EXTENDS = {"avx512bf16": "avx512", "amxbf16": "avx512bf16", "neonbf16": "baseline"}
 
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
 # FMA contraction, no errno and no traps are free speed. Never -ffast-math: NaN and infinity have a meaning.
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
 # gcc's own AVX-512 headers set these two off.
 QUIET_AVX512_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# gcc orders a register tile's instructions for NEON so that it runs out of registers for the sums.
+UNSCHEDULED_NEON_FLAGS = ["-fno-schedule-insns"]
 # Only the stable ABI of torch 2.11 may be used, so one binary serves every later torch.
 TORCH_MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
@@ -157,13 +161,12 @@ def compiler_accepts(flags):
 
 def isa_flags():
     """Flags of every instruction set that this machine's family has and the compiler can target."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    chosen = {}
-    for isa, flags in ISA_FLAGS.items():
-        if not flags or (is_x86 and compiler_accepts(flags)):
-            quiet = QUIET_AVX512_FLAGS if "-mavx512f" in flags and compiler_accepts(QUIET_AVX512_FLAGS) else []
-            chosen[isa] = [*flags, *quiet]
-        elif is_x86:
+    isas, chosen = ISA_FLAGS.get(platform.machine().lower(), {"baseline": []}), {}
+    for isa, flags in isas.items():
+        if not flags or compiler_accepts(flags):
+            more = QUIET_AVX512_FLAGS if "-mavx512f" in flags else (UNSCHEDULED_NEON_FLAGS if isas is ARM_ISAS else [])
+            chosen[isa] = [*flags, *(more if compiler_accepts(more) else [])]
+        else:
             print(f"tformer_ext: the compiler does not know {' '.join(flags)}; leaving {isa} out", file=sys.stderr)
     return chosen
 

@@ -14,7 +14,12 @@ import torch
 from tformer_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-ISAS = ["baseline", "avx2", "avx512", "avx512bf16", "amxbf16"]
+ISAS = ["baseline", "avx2", "avx512", "avx512bf16", "amxbf16", "neonbf16"]
+EXTENDING = [
+    ("avx512bf16", "avx512", "avx512"),
+    ("amxbf16", "avx512bf16", "avx512"),
+    ("neonbf16", "baseline", "baseline"),
+]
 
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
@@ -68,14 +73,14 @@ def test_kernel_objects_define_no_weak_symbols(isa):
 
 
 @needs_nm
-@pytest.mark.parametrize("isa, extended", [("avx512bf16", "avx512"), ("amxbf16", "avx512bf16")])
-def test_extending_isas_leave_the_rest_to_another(isa, extended):
+@pytest.mark.parametrize("isa, extended, whole", EXTENDING)
+def test_extending_isas_leave_the_rest_to_another(isa, extended, whole):
     """They refer to its table, and have no products of float64."""
     if isa not in _C.built_isas():
         pytest.skip(f"{isa} is not compiled in")
     (file,) = (build_folder() / isa).rglob("*.o")
     assert any(f"tformer::{extended}::kernels" in line for line in symbols(file, "--undefined-only"))
-    (other,) = (build_folder() / "avx512").rglob("*.o")
+    (other,) = (build_folder() / whole).rglob("*.o")
     assert products(file)
     assert not [line for line in products(file) if "Wide<double>" in line]
     assert [line for line in products(other) if "Wide<double>" in line]

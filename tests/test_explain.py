@@ -21,7 +21,8 @@ def test_bf16(isa):
     told = tx.explain(q, q, q)
     assert ("vdpbf16ps" in told.product) == (isa == "avx512bf16")
     assert ("tdpbf16ps" in told.product) == (isa == "amxbf16")
-    assert any("float32 speed" in note for note in told.notes) == (isa not in ("avx512bf16", "amxbf16"))
+    assert ("BFMMLA" in told.product) == (isa == "neonbf16")
+    assert any("float32 speed" in note for note in told.notes) == (not isa.endswith("bf16"))
 
 
 SPLIT = [

@@ -77,6 +77,7 @@ def explain(query, key, value, **options):
     bf16_products = {
         "avx512bf16": "bfloat16 pairs into float32 (vdpbf16ps)",
         "amxbf16": "bfloat16 in tile registers into float32 (tdpbf16ps)",
+        "neonbf16": "bfloat16 blocks of 2 x 2 pairs into float32 (BFMMLA)",
     }
     native_bf16 = isa in bf16_products
     product = {
@@ -96,8 +97,8 @@ def explain(query, key, value, **options):
     if query.dtype == torch.bfloat16 and not native_bf16:
         why = (
             "TFORMER_CPU_ISA or set_cpu_isa chose a lesser one"
-            if "avx512bf16" in _C.supported_isas()
-            else "this CPU has no AVX512_BF16"
+            if not bf16_products.keys().isdisjoint(_C.supported_isas())
+            else "this CPU has no instructions for them, or the build has none (AVX512_BF16, FEAT_BF16)"
         )
         notes.append(f"bfloat16 products run at float32 speed: the kernels are for {isa}; {why}")
     supported = _C.supported_isas()

@@ -11,6 +11,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 // The build defines TFORMER_FOR_EACH_ISA(X) as X(name) for every ISA compiled in, least capable first.
 #ifndef TFORMER_FOR_EACH_ISA
@@ -29,7 +32,7 @@ TFORMER_FOR_EACH_ISA(TFORMER_DECLARE_TABLE)
 namespace {
 
 // Every name this version knows, whether or not it is compiled into this binary.
-constexpr const char* kKnownIsas[] = {"baseline", "avx2", "avx512", "avx512bf16", "amxbf16"};
+constexpr const char* kKnownIsas[] = {"baseline", "avx2", "avx512", "avx512bf16", "amxbf16", "neonbf16"};
 
 struct BuiltIsa {
   const char* name;
@@ -77,6 +80,10 @@ bool cpu_supports(const std::string& isa) {
     static const bool granted = tiles_are_granted();
     return cpu_supports("avx512bf16") && granted;
   }
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16 (Documentation/arch/arm64/elf_hwcaps.rst)
+  if (isa == "neonbf16") return (getauxval(AT_HWCAP2) & kBf16) != 0;
 #endif
   return isa == "baseline";
 }

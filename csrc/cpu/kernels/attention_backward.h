@@ -145,8 +145,9 @@ class AttentionBackward : AttentionGradientRows<T, P> {
       const bool k_finite = pack_keys(seq, keys);
       while (block < q_end) {
         int64_t i = block, i_end = q_end - block < kQueries ? q_end : block + kQueries;
-        // row tiles at either end that position alone hides
-        while (scores.range.end(i + kTileRows - 1) <= key0) i += kTileRows;
+        // row tiles at either end that position alone hides; at the beginning in whole units of sums over rows
+        constexpr int64_t kHidden = kTileRows % kUnit<P> == 0 ? kTileRows : 2 * kTileRows;
+        while (scores.range.end(i + kHidden - 1) <= key0) i += kHidden;
         int64_t tile = i + (i_end - i - 1) / kTileRows * kTileRows;
         for (; tile > i && scores.range.begin(tile) >= key0 + keys.count; tile -= kTileRows) i_end = tile;
         const bool finite = k_finite && q_finite[(block - t.q_begin) / kQueries];
@@ -328,7 +329,8 @@ class AttentionBackward : AttentionGradientRows<T, P> {
       uint8_t* progress = dq_progress + at / kTileRows;
       for (int64_t r = 0; r < rows; r += kTileRows) {
         const int64_t last = i + (r + kTileRows < rows ? r + kTileRows : rows) - 1;
-        if (block.last || range.end(last) <= kKeys) progress[r / kTileRows] |= kLast;
+        const bool met_again = progress[r / kTileRows] & kWritten;  // a hidden one, beside one that is not
+        if (!met_again && (block.last || range.end(last) <= kKeys)) progress[r / kTileRows] |= kLast;
       }
       const auto d_query = Gradient::kept(dq + at * q_columns, q_columns, progress,
                                           row_of<T>(p.grad_q, b, h, seq.q_begin + i), p.grad_q.stride[2], p.D);

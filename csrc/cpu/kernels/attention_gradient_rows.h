@@ -221,8 +221,11 @@ struct AttentionGradientRows {
 #endif
 
  private:
-  // Where the pair of rows from `row` lies in p_down and ds_down, from key j on.
-  static TFORMER_INLINE int64_t down(int64_t row, int64_t j) { return place_down<P>(row / P::kStep, j, kKeys, kDown); }
+  // Where the pair of rows from `row` lies in p_down and ds_down, from key j on: in tile registers they are second
+  // operands, in vectors first ones.
+  static TFORMER_INLINE int64_t down(int64_t row, int64_t j) {
+    return P::kTiles ? place_down<P>(row / P::kStep, j, kKeys, kDown) : row / P::kStep * kKeys + j;
+  }
 
   static void zero(Real* x, int64_t n) {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});

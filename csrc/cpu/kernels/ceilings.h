@@ -46,7 +46,11 @@ double fma_operations(int64_t rounds) {
     for (int i = 0; i < kChains; ++i) {
       // A product of two constants would be hoisted out of the loop, except from an instruction for pairs.
       if constexpr (P::kStep == 1) chain[i] = chain[i] * addend[0] + addend[0];
+#if TFORMER_HAS_BF16_BLOCKS
+      if constexpr (P::kStep == 2) chain[i] = multiply_add_blocks(addend[0], addend[0], chain[i]);
+#else
       if constexpr (P::kStep == 2) chain[i] = P::multiply_add(factor, addend[0], chain[i]);
+#endif
     }
   }
   Vec<Real> total = chain[0];
@@ -54,7 +58,8 @@ double fma_operations(int64_t rounds) {
   for (int i = 1; i < kChains; ++i) total += chain[i];
   volatile Real keep = sum_lanes<Real>(total);
   (void)keep;
-  return 2.0 * P::kStep * kLanes<Real> * kChains * kSteps * static_cast<double>(rounds);
+  constexpr int kProducts = TFORMER_HAS_BF16_BLOCKS && P::kStep == 2 ? 4 : P::kStep;  // of each sum in an instruction
+  return 2.0 * kProducts * kLanes<Real> * kChains * kSteps * static_cast<double>(rounds);
 }
 
 template <class T>

@@ -2,13 +2,15 @@
 #pragma once
 
 #include "tiles.h"
+#include "vec_bf16_products.h"
 
 namespace tformer::TFORMER_ISA {
 namespace {
 
 // How elements of type T are held in products: Real is the arithmetic type, Group what one multiply-add consumes. Sums
 // have whole units of kSumUnit steps, and a first operand whole units of kRowUnit rows, of which the last ones are
-// ignored; Setup must live while products are made.
+// ignored; kZipped: two steps of a second operand are one row of it, column by column. Setup must live while products
+// are made.
 struct NoSetup {
   NoSetup() {}
 };
@@ -19,7 +21,7 @@ struct Wide {  // one element a group
   using Setup = NoSetup;
   static constexpr int kStep = 1, kSlices = 1, kSumUnit = 1, kRowUnit = 1;
   static constexpr int kTileRows = kVectorTileRows, kTileColumns = kVectorTileColumns;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kZipped = false;
   template <class A>  // a group, or a vector of them
   static TFORMER_INLINE Vec<Real> multiply_add(A a, Vec<Group> b, Vec<Real> c) {
     return a * b + c;
@@ -35,13 +37,11 @@ struct PairBf16 {
   using Real = float;
   using Group = uint32_t;
   using Setup = NoSetup;
-  static constexpr int kStep = 2, kSlices = 1, kSumUnit = 1, kRowUnit = 1;
+  static constexpr bool kTiles = false, kZipped = TFORMER_HAS_BF16_BLOCKS;
+  static constexpr int kStep = 2, kSlices = 1, kSumUnit = kZipped ? 2 : 1, kRowUnit = 1;
   static constexpr int kTileRows = kVectorTileRows, kTileColumns = kVectorTileColumns;
-  static constexpr bool kTiles = false;
   static TFORMER_INLINE F multiply_add(Group a, U32 b, F c) { return multiply_add(U32{} + a, b, c); }
-  static TFORMER_INLINE F multiply_add(U32 a, U32 b, F c) {
-    return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-  }
+  static TFORMER_INLINE F multiply_add(U32 a, U32 b, F c) { return multiply_add_pairs(a, b, c); }
   static TFORMER_INLINE float element(Group g, int i) {
     const uint32_t bits = i == 0 ? g << 16 : g & 0xffff0000u;
     float x;
@@ -53,26 +53,16 @@ struct PairBf16 {
     const U32 g = load(groups);
     store(groups, narrow_bf16(elements(g, 0) * by) | narrow_bf16(elements(g, 1) * by) << 16);
   }
-  // The CPU's own narrowing takes and gives 0 for subnormal numbers: good for weights, not for results.
-  static TFORMER_INLINE void store_along(Group* to, F x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
+  static TFORMER_INLINE void store_along(Group* to, F x) { store(to, narrow_weights(x)); }
   // Two vectors of a row, one behind the other; a vector of each of two rows.
   static TFORMER_INLINE void store_two_along(Group* to, F first, F second) {
-    store(to, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+    store(to, narrow_two_weights(first, second));
   }
-  static TFORMER_INLINE void store_pairs(Group* to, F low, F high) { store(to, pair(low, high)); }
+  static TFORMER_INLINE void store_pairs(Group* to, F low, F high) { store(to, pair_weights(low, high)); }
   // Both: x[row][vector] along each row, and down both for each vector.
   static TFORMER_INLINE void store_both(Group* const (&along)[2], Group* const (&down)[2], const F (&x)[2][2]) {
 #pragma GCC unroll 2
     for (int n = 0; n < 2; ++n) store_two_along(along[n], x[n][0], x[n][1]), store_pairs(down[n], x[0][n], x[1][n]);
-  }
-
- private:
-  static TFORMER_INLINE U32 pair(F low, F high) {
-    alignas(64) static constexpr uint16_t kInterleave[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (U32)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave),
-                                         (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
 };
 #endif

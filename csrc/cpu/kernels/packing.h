@@ -31,7 +31,8 @@ template <class P>
 constexpr int64_t kTileUnit = P::kSlices * kTileGroups;
 
 // Where the first slice of a group lies in a packed operand: group k of row r of a first one, whose rows have `groups`;
-// column n of step k of a second one, which has `columns` columns (vectors) and `steps` steps (tiles).
+// column n of step k, even if it is zipped, of a second one, which has `columns` columns (vectors) and `steps` steps
+// (tiles).
 template <class P>
 TFORMER_INLINE int64_t place_along(int64_t r, int64_t k, int64_t groups) {
   if (!P::kTiles) return r * groups + k;
@@ -40,7 +41,7 @@ TFORMER_INLINE int64_t place_along(int64_t r, int64_t k, int64_t groups) {
 }
 template <class P>
 TFORMER_INLINE int64_t place_down(int64_t k, int64_t n, int64_t columns, int64_t steps) {
-  if (!P::kTiles) return k * columns + n;
+  if (!P::kTiles) return k * columns + (P::kZipped ? 2 * n : n);
   return (n / kTileSide * (steps / kTileSide) + k / kTileSide) * kTileUnit<P> + k % kTileSide * kTileSide +
          n % kTileSide;
 }
@@ -161,6 +162,18 @@ TFORMER_INLINE V zip(V a, V b, std::integer_sequence<int, kIndex...>) {
   return __builtin_shufflevector(a, b, (kIndex / 2 + (kHigh ? n / 2 : 0) + (kIndex % 2 ? n : 0))...);
 }
 
+// A vector of groups of a second operand to its place; zipped, with that of the next step.
+template <class P>
+TFORMER_INLINE void store_step(typename P::Group* to, Vec<typename P::Group> groups, Vec<typename P::Group> next) {
+  if constexpr (P::kZipped) {
+    constexpr int L = kLanes<typename P::Group>;
+    using Indices = std::make_integer_sequence<int, L>;
+    store(to, zip<false>(groups, next, Indices{})), store(to + L, zip<true>(groups, next, Indices{}));
+  } else {
+    store(to, groups);
+  }
+}
+
 // Groups down the rows, of an operand of `steps` steps; the B operand of sums over rows (p.v, ds.k, pT.do, dsT.q).
 template <class P, class T, class See>
 void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded, int64_t width, typename P::Group* out,
@@ -190,27 +203,31 @@ void pack_down_rows(const T* rows, int64_t stride, int64_t count, int64_t padded
     constexpr int L = kLanes<typename P::Real>;
     using Elements = Vec<int16_t>;
     using Indices = std::make_integer_sequence<int, 2 * L>;
+    constexpr int kRows = P::kZipped ? 4 : 2;
     const int64_t columns = round_up(width, L);
     auto see = see_all;  // in a register
-    for (int64_t r = 0; r < padded; r += 2, rows += 2 * stride) {
+    for (int64_t r = 0; r < padded; r += kRows, rows += kRows * stride) {
       if (r % kTileSide == 0) keep_tiles_awake<P>();
-      for (int64_t i = kRowsAhead; i < kRowsAhead + 2; ++i) {
+      for (int64_t i = kRowsAhead; i < kRowsAhead + kRows; ++i) {
         if (r + i < count) prefetch_row(rows + i * stride, width);
       }
       for (int64_t d = 0; d < columns; d += 2 * L) {
-        Elements row[2] = {};
-        for (int64_t i = 0; i < 2 && r + i < count; ++i) {
+        Elements row[kRows] = {};
+        for (int64_t i = 0; i < kRows && r + i < count; ++i) {
           if (width - d >= 2 * L) {
             row[i] = load_bytes<Elements>(rows + i * stride + d);
           } else {
             std::memcpy(&row[i], rows + i * stride + d, static_cast<size_t>(width - d) * 2);
           }
         }
-        see((Vec<typename P::Group>)row[0]);
-        see((Vec<typename P::Group>)row[1]);
-        store(out + place_down<P>(r / 2, d, columns, steps), zip<false>(row[0], row[1], Indices{}));
-        if (d + L >= columns) continue;
-        store(out + place_down<P>(r / 2, d + L, columns, steps), zip<true>(row[0], row[1], Indices{}));
+        for (int i = 0; i < kRows; ++i) see((Vec<typename P::Group>)row[i]);
+        const auto store_half = [&](auto high, int64_t column) TFORMER_LAMBDA {
+          store_step<P>(out + place_down<P>(r / 2, column, columns, steps),
+                        (Vec<typename P::Group>)zip<high>(row[0], row[1], Indices{}),
+                        (Vec<typename P::Group>)zip<high>(row[kRows - 2], row[kRows - 1], Indices{}));
+        };
+        store_half(std::false_type{}, d);
+        if (d + L < columns) store_half(std::true_type{}, d + L);
       }
     }
     see_all = see;
@@ -312,7 +329,7 @@ void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t padde
   auto see = see_all;  // in a register
   for (int64_t key = 0; key < padded; key += L, rows += L * stride) {
     keep_tiles_awake<P>();
-    Group* panel = out + panel_place<P>(key, groups) + key % kPanel<P> * !P::kTiles;
+    Group* panel = out + panel_place<P>(key, groups) + key % kPanel<P> * (P::kTiles ? 0 : (P::kZipped ? 2 : 1));
     for (int64_t next = L; next < 2 * L && key + next < count; ++next) prefetch_row(rows + next * stride, width);
     for (int64_t d = 0; d < groups; d += L) {
       Group* to = panel + (P::kTiles ? d / kTileSide * kTileUnit<P> : d * kPanel<P>);
@@ -350,11 +367,12 @@ void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t padde
         }
       }
       transpose<Group>(x);
+      constexpr int kSteps = P::kZipped ? 2 : 1;
       if (groups - d >= L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store(to + i * row, x[i]);
+        for (int i = 0; i < L; i += kSteps) store_step<P>(to + i * row, x[i], x[i + kSteps - 1]);
       } else {
-        for (int i = 0; i < L && d + i < groups; ++i) store(to + i * row, x[i]);
+        for (int i = 0; i < L && d + i < groups; i += kSteps) store_step<P>(to + i * row, x[i], x[i + kSteps - 1]);
       }
     }
   }

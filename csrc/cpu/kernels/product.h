@@ -3,7 +3,8 @@
 // Operands are made of groups: the elements along the summed dimension that one instruction consumes. A group is one
 // float (or double), or a pair of bf16 in 32 bits where the CPU multiplies those (vdpbf16ps).
 //   A: group (row r, step k) at a[r * a_row + k * a_step]; broadcast, so any strides serve, transposed ones too
-//   B: group (step k, column n) at b[k * b_step + n], columns padded to whole vectors
+//   B: group (step k, column n) at b[k * b_step + n], columns padded to whole vectors; or zipped, the groups of steps k
+//      and k + 1 at b[k * b_step + 2 * n], where an instruction takes both (BFMMLA)
 // Operands of tile registers are made of tiles: 16 rows or steps of 16 groups, 1 KB one behind the other. Elements may
 // be sums of several bf16 (kSlices), whose tiles follow each other.
 //   C: arithmetic type, element (r, n) at c[r * c_row + n]. IntoSums stores the product there or adds it, as one
@@ -36,8 +37,20 @@ struct ProductOperands {
     return a + r / kTileSide * a_side + r % kTileSide * a_row + k / kTileSide * a_unit + k % kTileSide;
   }
   const typename P::Group* b_at(int64_t k, int64_t n) const {
+    if (P::kZipped) return b + k / 2 * 2 * b_step + 2 * n + k % 2;
     if (!P::kTiles) return b + k * b_step + n;
     return b + n / kTileSide * b_side + n % kTileSide + k / kTileSide * b_unit + k % kTileSide * b_step;
+  }
+  // A vector of groups of a slice of B in that place, n at the beginning of one.
+  Vec<typename P::Group> b_groups(int64_t k, int64_t n, int slice) const {
+    constexpr int L = kLanes<typename P::Real>;
+    if constexpr (P::kZipped) {
+      typename P::Group groups[L];
+      for (int lane = 0; lane < L; ++lane) groups[lane] = *b_at(k, n + lane);
+      return load(groups);
+    } else {
+      return load(b_at(k, n) + slice * kTileGroups);
+    }
   }
 };
 
@@ -48,6 +61,12 @@ TFORMER_INLINE void multiply_tile(const ProductOperands<P>& m, const typename P:
   using Real = typename P::Real;
   using Group = typename P::Group;
   constexpr int L = kLanes<Real>;
+#if TFORMER_HAS_BF16_BLOCKS
+  if constexpr (P::kZipped) {  // of operands in vectors groups follow each other along a row or down a column
+    return m.a_step == 1 ? multiply_blocks<true>(a, m.a_row, 1, b, m.b_step, steps, acc)
+                         : multiply_blocks<false>(a, 1, m.a_step, b, m.b_step, steps, acc);
+  }
+#endif
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -157,7 +176,7 @@ struct IntoRows {
   // After the product: a row tile with or without steps.
   void advance(int64_t r, bool steps) const {
     uint8_t& p = progress[r / kTileRows];
-    p = p & kLast ? kWritten : (steps ? kSums : p);
+    p = p & (kLast | kWritten) ? kWritten : (steps ? kSums : p);
   }
 
   template <int kRows, int kColumns>
@@ -417,7 +436,7 @@ void product_without_hidden(const ProductOperands<P>& m, int64_t rows, int64_t c
           for (int slice = P::kSlices - 1; slice >= 0; --slice) {
             Group a;
             std::memcpy(&a, m.a_at(r, k) + slice * kTileGroups, sizeof(a));
-            x += P::element(a, i), y += P::elements(load(m.b_at(k, n) + slice * kTileGroups), i);
+            x += P::element(a, i), y += P::elements(m.b_groups(k, n, slice), i);
           }
           acc[0][0] = (counts == 0) ? acc[0][0] : x * y + acc[0][0];
         }

@@ -9,6 +9,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -19,10 +21,16 @@
 #define TFORMER_VECTOR_BYTES 16
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define TFORMER_HAS_BF16_PRODUCTS 1
 #else
 #define TFORMER_HAS_BF16_PRODUCTS 0
+#endif
+
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define TFORMER_HAS_BF16_BLOCKS 1
+#else
+#define TFORMER_HAS_BF16_BLOCKS 0
 #endif
 
 #if defined(__AMX_BF16__)
@@ -132,6 +140,8 @@ template <class M>
 TFORMER_INLINE bool any_lane(M mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__ARM_NEON)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
   using Lane = int64_t;
   return reduce_lanes<Lane, sizeof(M) / 8>((VecN<Lane, sizeof(M) / 8>)mask,
@@ -214,6 +224,8 @@ TFORMER_INLINE F widen_f16(HalfBits h) {
   return (F)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
   return (F)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__ARM_NEON)
+  return (F)vcvt_f32_f16((float16x4_t)h);
 #else
   const U32 u = widen_bits(h);
   const U32 magnitude = (u & 0x7fff) << 13;
@@ -232,6 +244,8 @@ TFORMER_INLINE U32 narrow_f16(F x) {
   return widen_bits((HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   return widen_bits((HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  return widen_bits((HalfBits)vcvt_f16_f32((float32x4_t)x));
 #else
   const U32 u = (U32)x, sign = u & 0x80000000u, magnitude = u ^ sign;
   const U32 normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -291,10 +305,13 @@ TFORMER_INLINE void store_as(T* p, Vec<A> v) {
 }
 
 #if TFORMER_HAS_BF16_PRODUCTS
-// The CPU's own narrowing of two vectors to bf16, nearest even. It takes and gives 0 for subnormal numbers.
+// The CPU's own narrowing of two vectors to bf16, nearest even. AVX-512's takes and gives 0 for subnormal numbers.
 TFORMER_INLINE VecN<uint16_t, 2 * kLanes<float>> narrow_two_bf16(F low, F high) {
-  constexpr int kSubnormal = 0x20;
   using Pair = VecN<uint16_t, 2 * kLanes<float>>;
+#if defined(__ARM_NEON)
+  return (Pair)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)low), (float32x4_t)high);
+#else
+  constexpr int kSubnormal = 0x20;
   if (__builtin_expect(_kortestz_mask16_u8(_mm512_fpclass_ps_mask((__m512)low, kSubnormal),
                                            _mm512_fpclass_ps_mask((__m512)high, kSubnormal)),
                        1)) {
@@ -302,6 +319,7 @@ TFORMER_INLINE VecN<uint16_t, 2 * kLanes<float>> narrow_two_bf16(F low, F high) 
   }
   HalfBits half[2] = {narrow_bits(narrow_bf16(low)), narrow_bits(narrow_bf16(high))};
   return load_bytes<Pair>(half);
+#endif
 }
 #endif
 
@@ -407,6 +425,8 @@ TFORMER_INLINE U64 multiply_even(U32 a, uint32_t b) {
   return (U64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #elif defined(__SSE2__)
   return (U64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#elif defined(__ARM_NEON)
+  return (U64)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b));
 #else
   return ((U64)a & 0xffffffffu) * static_cast<uint64_t>(b);
 #endif

@@ -33,6 +33,8 @@ TFORMER_INLINE bool any_nan(F a, F b) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
 #elif defined(__SSE2__)
   return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
+#elif defined(__ARM_NEON)
+  return any_lane((a != a) | (b != b));
 #else
   (void)a, (void)b;
   return true;
@@ -42,7 +44,14 @@ TFORMER_INLINE bool any_nan(F a, F b) {
 // kPairs times the nearest bf16 of x[2 n] (even) and x[2 n + 1] (odd), as they lie in memory.
 template <int kPairs>
 TFORMER_INLINE void narrow_even_odd(const F (&x)[2 * kPairs], HalfPair (&to)[kPairs]) {
-#if TFORMER_HAS_BF16_PRODUCTS
+#if TFORMER_HAS_BF16_PRODUCTS && defined(__ARM_NEON)
+  for (int n = 0; n < kPairs; ++n) {
+    const auto even = (uint16x8_t)vcvtq_low_bf16_f32((float32x4_t)x[2 * n]);
+    const auto odd = (uint16x8_t)vcvtq_low_bf16_f32((float32x4_t)x[2 * n + 1]);
+    to[n] = (HalfPair)vzip1q_u16(even, odd);
+  }
+  return;
+#elif TFORMER_HAS_BF16_PRODUCTS
   // The CPU's own narrowing gives 0 for subnormal numbers. So what has no 0 in it had none: one test for two vectors.
   __mmask32 zero[kPairs], any_zero = 0;
   for (int n = 0; n < kPairs; ++n) {
