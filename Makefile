@@ -8,6 +8,7 @@
 #   make sweep       every model type of transformers, small: stock against ours  (SWEEP_ARGS="bloom gpt2": these)
 #   make sanitize    the quicker tests under the address and undefined-behaviour sanitizers
 #   make cuda        compiles the CUDA kernels too, without a GPU, and tests that build; needs a CUDA toolkit
+#   make aarch64     compiles for aarch64 on another machine and runs the tests in an emulator; half an hour and more
 #   make gpu-check   on a machine with a GPU, with the Python that has torch: build, tests, sanitizer, benchmark
 #   make clean       removes what was built; the virtual environment stays
 PYTHON ?= python3
@@ -78,6 +79,9 @@ cuda-build:
 	  build_ext --build-lib build/cuda > build/cuda/nvcc.txt 2>&1; then tail -n 100 build/cuda/nvcc.txt; exit 1; fi
 	cd build/cuda && $(PYTEST) -q $(addprefix tests/,test_build.py test_info.py test_errors.py test_hopper_code.py) $(TEST_ARGS)
 
+aarch64: $(VENV)/test.stamp
+	$(BIN)/python tests/aarch64.py $(TEST_ARGS)
+
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(GPU_CHECK_ARGS)
 
@@ -103,5 +107,5 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 
-.PHONY: demo examples test bench sweep dev lint format sanitize cuda cuda-build gpu-check clean build
+.PHONY: demo examples test bench sweep dev lint format sanitize cuda cuda-build aarch64 gpu-check clean build
 .NOTPARALLEL:
