@@ -150,6 +150,7 @@ template <class P, class T, class See>
 void see_rows(const T* rows, int64_t stride, int64_t count, int64_t width, See&& see_all) {
   auto see = see_all;  // in a register
   for (int64_t r = 0; r < count; ++r, rows += stride) {
+    if (r + kRowsAhead < count) prefetch_row(rows + kRowsAhead * stride, width);
     for (int64_t d = 0; d < width; d += kLanes<T>) see(load(rows + d));
   }
   see_all = see;
