@@ -87,6 +87,7 @@ CASES = [
     Case("several parts none seen", (1, 2, 2, 8, 1300, 16, 16), {"window": (600, 2), "softcap": 9.0}, mask=(8, 1300)),
     Case("several parts with dropout", (1, 2, 1, 5, 1300, 9, 9), {"dropout_p": 0.2, "dropout_seed": 5}, bias=(5, 1300)),
     Case("few rows of several parts", (2, 8, 2, 1, 1100, 64, 64), {"key_lengths": [1100, 450]}, layout="BSHD"),
+    Case("few rows of contiguous heads", (1, 6, 2, 1, 1103, 40, 96), {"key_lengths": [1101]}),
     Case("few rows of odd sizes", (1, 4, 2, 3, 1503, 33, 40), {"causal": "lower_right"}, sinks=True, layout="packed"),
     Case(
         "few rows with everything", (1, 2, 2, 4, 1300, 9, 16),

@@ -162,7 +162,7 @@ def test_gradients_where_a_mask_hides_what_would_have_come_last(value, attention
 def test_non_finite_inputs_reach_exactly_what_the_formula_says(
     dtype, where, bad, queries, keys, attention_kernels_emulated_too
 ):
-    leaves = [torch.randn(1, 1, n, 16).to(dtype) for n in (queries, keys, keys)]
+    leaves = [torch.randn(1, 1, n, 32).to(dtype) for n in (queries, keys, keys)]
     bad_row = leaves[("query", "key", "value").index(where)][0, 0, :51][-1]
     bad_row[3] = bad
     leaves = [t.requires_grad_() for t in leaves]

@@ -29,8 +29,9 @@ struct AttentionRowTiles {
   const Dropout dropout;
   FiniteSlices<P> finite_keys, finite_queries;
   // Where so few rows meet the keys of a range that packing would take longer than it saves: keys and values in the
-  // caller's tensors, or null; of values only numbers that products take as they are.
-  static constexpr bool kReadsKeys = !P::kTiles, kReadsValues = std::is_same_v<T, Group>;
+  // caller's tensors, or null; of values only numbers that products take as they are, or in pairs.
+  static constexpr bool kReadsKeys = !P::kTiles, kReadsPairs = P::kStep == 2 && !P::kTiles;
+  static constexpr bool kReadsValues = std::is_same_v<T, Group> || kReadsPairs;
   const T *keys_in_place = nullptr, *values_in_place = nullptr;
   int64_t keys_present = 0;  // of the range
 
@@ -188,7 +189,7 @@ struct AttentionRowTiles {
   // The product of the weights of the keys [from, to) of a stretch with their values.
   Product values_product(const Group* of, const Span& stretch, int64_t from, int64_t to) const {
     const int64_t steps = range_keys / P::kStep;
-    if constexpr (kReadsValues) {
+    if constexpr (std::is_same_v<T, Group>) {
       if (values_in_place) {
         const int64_t stride = p.v.stride[2], count = clamp(keys_present, from, to) - from;
         return packed_product<P>(of + (from - stretch.begin), weight_groups, values_in_place + from * stride, stride, 0,
@@ -385,19 +386,86 @@ struct AttentionRowTiles {
         const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < span.end ? run * kPanel<P> : span.end;
         const Product m = values_product(weights, span, j, stop);
         const IntoSums<P> sums{tile.o, out_columns, !tile.state.empty};
+        const auto multiply = [&](const auto& into) TFORMER_LAMBDA {
+          if constexpr (kReadsPairs) {
+            if (values_in_place) return multiply_pairs_in_place(m, tile.rows, j, clamp(keys_present, j, stop), into);
+          }
+          product<P>(m, tile.rows, out_columns, into);
+        };
         if (!finite) {
           product_without_hidden<P>(m, tile.rows, out_columns, sums,
                                     Hidden{hidden + j - span.begin, stretch_keys, 1, 0});
         } else if (results && run == last) {
           *results->progress = tile.state.empty ? kLast : kLast | kSums;
-          product<P>(m, tile.rows, out_columns, *results);
+          multiply(*results);
         } else {
-          product<P>(m, tile.rows, out_columns, sums);
+          multiply(sums);
         }
         tile.state.empty = false;
       }
       n = run;
     }
+  }
+
+  // The product of weights with the values of the keys [from, to) of the range, where they lie: rows of whole vectors,
+  // two of which are zipped to pairs.
+  template <class Into>
+  void multiply_pairs_in_place(const Product& m, int64_t rows, int64_t from, int64_t to, const Into& into) const {
+    const T* values_of = values_in_place + from * p.v.stride[2];
+    for (int64_t d = 0; d < p.Dv; d += kPanel<P>) {
+      const auto strip = [&](auto tile_rows) TFORMER_LAMBDA {
+        if (p.Dv - d >= 4 * L) {
+          multiply_pairs_of_rows<tile_rows, 4>(m, values_of, to - from, d, into);
+        } else {
+          multiply_pairs_of_rows<tile_rows, 2>(m, values_of, to - from, d, into);
+        }
+      };
+      switch (rows) {
+        case 1:
+          strip(std::integral_constant<int, 1>{});
+          break;
+        case 2:
+          strip(std::integral_constant<int, 2>{});
+          break;
+        case 3:
+          strip(std::integral_constant<int, 3>{});
+          break;
+        case 4:
+          strip(std::integral_constant<int, 4>{});
+          break;
+        case 5:
+          strip(std::integral_constant<int, 5>{});
+          break;
+        default:
+          strip(std::integral_constant<int, kTileRows>{});
+      }
+    }
+  }
+
+  template <int kRows, int kColumns, class Into>
+  __attribute__((noinline)) void multiply_pairs_of_rows(const Product& m, const T* values_of, int64_t count, int64_t d,
+                                                        const Into& into) const {
+    using Elements = Vec<int16_t>;
+    using Indices = std::make_integer_sequence<int, 2 * L>;
+    const int64_t stride = p.v.stride[2], a_row = m.a_row;
+    const T* row = values_of + d;
+    Vec<Real> acc[kRows][kColumns] = {};
+    for (int64_t k = 0; 2 * k < count; ++k, row += 2 * stride) {
+      const T* next = 2 * k + 1 < count ? row + stride : row;  // a key that is not present weighs nothing
+      Vec<Group> pairs[kColumns];
+#pragma GCC unroll 2
+      for (int n = 0; n < kColumns; n += 2) {
+        const auto low = load_bytes<Elements>(row + n * L), high = load_bytes<Elements>(next + n * L);
+        pairs[n] = (Vec<Group>)zip<false>(low, high, Indices{}),
+        pairs[n + 1] = (Vec<Group>)zip<true>(low, high, Indices{});
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; ++n) acc[r][n] = P::multiply_add(m.a[r * a_row + k], pairs[n], acc[r][n]);
+      }
+    }
+    into(0, d, acc);
   }
 
   void scale_row(Real* o, Real by) const {

@@ -148,10 +148,11 @@ void pack_along_row(const T* rows, int64_t stride, int64_t count, int64_t padded
 // Shows the groups of rows that are read where they are; rows of whole vectors.
 template <class P, class T, class See>
 void see_rows(const T* rows, int64_t stride, int64_t count, int64_t width, See&& see_all) {
+  using Real = typename P::Real;
   auto see = see_all;  // in a register
   for (int64_t r = 0; r < count; ++r, rows += stride) {
     if (r + kRowsAhead < count) prefetch_row(rows + kRowsAhead * stride, width);
-    for (int64_t d = 0; d < width; d += kLanes<T>) see(load(rows + d));
+    for (int64_t d = 0; d < width; d += kLanes<Real> * P::kStep) see(load_bytes<Vec<typename P::Group>>(rows + d));
   }
   see_all = see;
 }
