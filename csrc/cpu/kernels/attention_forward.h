@@ -193,7 +193,7 @@ class AttentionForward : AttentionTilesBeside<T, P> {
     const bool direct = finite && span.begin < span.end;
     if (P::kTiles && direct) return this->wait(tile, span, factor, rows, row);
     uint8_t progress;
-    const Results results{tile.o, out_columns, &progress, rows, row, p.Dv, factor, false};
+    const Results results{tile.o, out_columns, &progress, rows, row, p.Dv, factor};
     this->multiply_values(tile, span, finite, direct ? &results : nullptr);
     if (direct) return;
     for (int64_t r = 0; r < tile.rows; ++r) write_row(rows + r * row, tile.o + r * out_columns, l[r], factor[r]);

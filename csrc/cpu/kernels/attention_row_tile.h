@@ -225,20 +225,9 @@ struct AttentionRowTiles {
   bool weigh_columns(const Tile& tile, const Product& m, const typename State::Bounds* seen, const Group* panel,
                      Real scale, Group* w) const {
     const int64_t w_row = weight_groups;
-    switch (tile.rows) {
-      case 1:
-        return tile.state.template weigh_tile<1, kColumns>(m, panel, seen, scale, w, w_row);
-      case 2:
-        return tile.state.template weigh_tile<2, kColumns>(m, panel, seen, scale, w, w_row);
-      case 3:
-        return tile.state.template weigh_tile<3, kColumns>(m, panel, seen, scale, w, w_row);
-      case 4:
-        return tile.state.template weigh_tile<4, kColumns>(m, panel, seen, scale, w, w_row);
-      case 5:
-        return tile.state.template weigh_tile<5, kColumns>(m, panel, seen, scale, w, w_row);
-      default:
-        return tile.state.template weigh_tile<kTileRows, kColumns>(m, panel, seen, scale, w, w_row);
-    }
+    return with_tile_rows<P>(tile.rows, [&](auto rows) TFORMER_LAMBDA {
+      return tile.state.template weigh_tile<rows, kColumns>(m, panel, seen, scale, w, w_row);
+    });
   }
 
   // Scores in memory of the rows [r_begin, r_end), or products that are to be finished, become weights; those of the
@@ -324,20 +313,7 @@ struct AttentionRowTiles {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = present / L * L; j < columns; j += L) store(to + r * score_keys() + j, Vec<Real>{});
     }
-    switch (rows) {
-      case 1:
-        return multiply_along_keys<1>(m, from, present, to);
-      case 2:
-        return multiply_along_keys<2>(m, from, present, to);
-      case 3:
-        return multiply_along_keys<3>(m, from, present, to);
-      case 4:
-        return multiply_along_keys<4>(m, from, present, to);
-      case 5:
-        return multiply_along_keys<5>(m, from, present, to);
-      default:
-        return multiply_along_keys<kTileRows>(m, from, present, to);
-    }
+    with_tile_rows<P>(rows, [&](auto count) TFORMER_LAMBDA { multiply_along_keys<count>(m, from, present, to); });
   }
 
   template <int kRows>
@@ -413,32 +389,13 @@ struct AttentionRowTiles {
   void multiply_pairs_in_place(const Product& m, int64_t rows, int64_t from, int64_t to, const Into& into) const {
     const T* values_of = values_in_place + from * p.v.stride[2];
     for (int64_t d = 0; d < p.Dv; d += kPanel<P>) {
-      const auto strip = [&](auto tile_rows) TFORMER_LAMBDA {
+      with_tile_rows<P>(rows, [&](auto count) TFORMER_LAMBDA {
         if (p.Dv - d >= 4 * L) {
-          multiply_pairs_of_rows<tile_rows, 4>(m, values_of, to - from, d, into);
+          multiply_pairs_of_rows<count, 4>(m, values_of, to - from, d, into);
         } else {
-          multiply_pairs_of_rows<tile_rows, 2>(m, values_of, to - from, d, into);
+          multiply_pairs_of_rows<count, 2>(m, values_of, to - from, d, into);
         }
-      };
-      switch (rows) {
-        case 1:
-          strip(std::integral_constant<int, 1>{});
-          break;
-        case 2:
-          strip(std::integral_constant<int, 2>{});
-          break;
-        case 3:
-          strip(std::integral_constant<int, 3>{});
-          break;
-        case 4:
-          strip(std::integral_constant<int, 4>{});
-          break;
-        case 5:
-          strip(std::integral_constant<int, 5>{});
-          break;
-        default:
-          strip(std::integral_constant<int, kTileRows>{});
-      }
+      });
     }
   }
 

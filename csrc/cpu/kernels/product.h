@@ -163,7 +163,7 @@ struct IntoRows {
   T* rows;
   int64_t row, width;
   const Real* factors;
-  bool fetches;                                             // asks for a place in memory before the product for it
+  bool fetches = false;                                     // asks for a place in memory before the product for it
   int64_t c_side = kTileSide, c_below = kTileSide * c_row;  // as in IntoSums
   bool wants_empty(int64_t r) const { return progress[r / kTileRows] & kLast; }
   bool adds(int64_t r) const { return progress[r / kTileRows] & kSums; }
@@ -350,6 +350,27 @@ __attribute__((noinline)) void tile_product(int64_t rows, int columns, const Pro
 }
 #endif
 
+// f(rows) with the rows of a tile of vectors, 1 to kTileRows, as a constant.
+template <class P, class F>
+TFORMER_INLINE auto with_tile_rows(int64_t rows, F&& f) {
+  using std::integral_constant;
+  static_assert(P::kTiles || P::kTileRows == 6);
+  switch (rows) {
+    case 1:
+      return f(integral_constant<int, 1>{});
+    case 2:
+      return f(integral_constant<int, 2>{});
+    case 3:
+      return f(integral_constant<int, 3>{});
+    case 4:
+      return f(integral_constant<int, 4>{});
+    case 5:
+      return f(integral_constant<int, 5>{});
+    default:
+      return f(integral_constant<int, P::kTileRows>{});
+  }
+}
+
 // A register tile of 1 to kTileRows rows and 1 to kTileColumns vectors; place: a, b, steps, first row, first column.
 template <class P, class Into, class... Place>
 TFORMER_INLINE void register_tile_rows(int64_t rows, int columns, const ProductOperands<P>& m, const Into& into,
@@ -359,20 +380,8 @@ TFORMER_INLINE void register_tile_rows(int64_t rows, int columns, const ProductO
     tile_product(rows, columns, m, into, []() TFORMER_LAMBDA {}, place...);
   } else
 #endif
-    switch (rows) {
-      case 1:
-        return register_tile_columns<P, 1>(columns, m, into, place...);
-      case 2:
-        return register_tile_columns<P, 2>(columns, m, into, place...);
-      case 3:
-        return register_tile_columns<P, 3>(columns, m, into, place...);
-      case 4:
-        return register_tile_columns<P, 4>(columns, m, into, place...);
-      case 5:
-        return register_tile_columns<P, 5>(columns, m, into, place...);
-      default:
-        return register_tile_columns<P, P::kTileRows>(columns, m, into, place...);
-    }
+    with_tile_rows<P>(rows,
+                      [&](auto count) TFORMER_LAMBDA { register_tile_columns<P, count>(columns, m, into, place...); });
 }
 
 // Steps [begin, end) of a sum.
