@@ -1,8 +1,8 @@
 """Compiles tformer_ext for aarch64 on another machine and runs the tests there in an emulator of that CPU.
 
-`python tests/aarch64.py [arguments of pytest]`. Needs Debian or Ubuntu, root, some 6 GB in build/aarch64 and what
-PROGRAMS names. The emulator runs every instruction of the compiled kernels, one by one: it tells right from wrong, not
-fast from slow. Tests of the build, of processes, of inductor's compiler and of what the host has are left out.
+`python tests/aarch64.py [arguments of pytest]`. Needs Debian or Ubuntu, root, Python 3.11, 6 GB in build/aarch64 and
+what PROGRAMS names. The emulator runs every instruction of the compiled kernels, one by one: it tells right from wrong,
+not fast from slow. Tests of the build, of processes, of inductor's compiler and of what the host has are left out.
 """
 
 import os
@@ -44,6 +44,8 @@ residual_norm_cuda hopper_code hopper_cuda cuda
 
 
 def find_programs():
+    if sys.version_info[:2] != tuple(map(int, PYTHON.split("."))):
+        raise SystemExit(f"needs Python {PYTHON}, as {DEBIAN} has, for its headers: make VENV=... PYTHON=... aarch64")
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
     if missing:
         raise SystemExit(f"needs programs that are not there: apt-get install {' '.join(missing)}")
@@ -54,7 +56,7 @@ def make_system():
     if (SYSTEM / "usr/bin" / f"python{PYTHON}").exists():
         return
     shutil.rmtree(SYSTEM, ignore_errors=True)
-    packages = f"python3,libpython{PYTHON}-dev,libgomp1,libstdc++6"
+    packages = "python3,libgomp1,libstdc++6"
     options = ["--foreign", "--arch=arm64", "--variant=minbase", f"--include={packages}"]
     subprocess.run(["debootstrap", *options, DEBIAN, SYSTEM], check=True)
     for file in sorted((SYSTEM / "var/cache/apt/archives").glob("*.deb")):
