@@ -116,14 +116,14 @@ class AttentionForward : AttentionTilesBeside<T, P> {
       const bool few_rows = p.part_keys && group * p.Sq <= kTileRows;
       this->keys_present = left;
       this->keys_in_place = Base::kReadsKeys && few_rows ? k : nullptr;
-      // zipping pairs does not pay where rows lie apart, and waits for memory anyway
+      // rows that lie apart come too slowly from memory for what zipping two of them saves
       const bool pays = P::kStep == 1 || p.v.stride[2] == p.Dv;
       this->values_in_place = Base::kReadsValues && few_rows && pays && p.Dv % (P::kStep * L) == 0 ? v : nullptr;
       if (!this->keys_in_place) pack_transposed<P>(k, p.k.stride[2], left, padded, p.D, keys, this->finite_keys = {});
       Finite<P> finite;
       if constexpr (Base::kReadsValues) {
         if (this->values_in_place) see_rows<P>(v, p.v.stride[2], left, p.Dv, finite);
-        if (P::kStep > 1 && !finite.holds()) this->values_in_place = nullptr;  // pairs are taken apart where packed
+        if (P::kStep > 1 && !finite.holds()) this->values_in_place = nullptr;  // packed for products term by term
       }
       if (!this->values_in_place) {
         pack_down_rows<P>(v, p.v.stride[2], left, padded, p.Dv, values, range_keys / P::kStep, finite);
