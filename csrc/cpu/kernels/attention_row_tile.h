@@ -68,9 +68,10 @@ struct AttentionRowTiles {
     int64_t last_query() const { return query(rows - 1); }
   };
 
-  // Keys of a range, from the first one of a panel on; a whole number of vectors.
+  // Keys of a range, from the first one of a key block on; a whole number of vectors. No row sees those before
+  // seen_begin, a whole number of vectors, nor those from seen_end on, whole units of a sum.
   struct Span {
-    int64_t begin, end;
+    int64_t begin, end, seen_begin, seen_end;
   };
 
   // Keys [from, to) of the range from key0, in the stretch from `begin` on.
@@ -87,15 +88,17 @@ struct AttentionRowTiles {
     // what some row of the tile sees by position, and what all of them see
     const int64_t seen = clamp(range.begin(tile.i) - key0, 0, padded);
     const int64_t seen_end = clamp(range.end(tile.last_query()) - key0, 0, padded);
-    if (seen >= seen_end) return {0, 0};
+    if (seen >= seen_end) return {};
     int64_t first = seen / kPanel<P>, last = panels(seen_end);
     for (int64_t n = first; n < last; ++n) live[n] = 1;
     if (row_scores.mask) leave_out_hidden(row_scores, tile, key0, first, last);
-    if (first >= last) return {0, 0};
+    if (first >= last) return {};
     // whole key blocks, so that rows start on a Philox block; of the last panel only vectors that a row sees a key of
     first = first * kPanel<P> / kKeyBlock * kKeyBlock / kPanel<P>;
     const int64_t begin = first * kPanel<P>, vectors = round_up(seen_end, kColumnUnit<P>);
-    return {begin, vectors < last * kPanel<P> ? vectors : last * kPanel<P>};
+    const int64_t last_end = last * kPanel<P>, end = vectors < last_end ? vectors : last_end;
+    return {begin, end, clamp(seen / kColumnUnit<P> * kColumnUnit<P>, begin, end),
+            clamp(round_up(seen_end, kUnit<P>), begin, end)};
   }
 
   // Keys of which scores are in memory at a time: a stretch; in tile registers, so many as L1 has beside all else.
@@ -110,9 +113,10 @@ struct AttentionRowTiles {
     const bool plain = kTileColumns == 4 && row_scores.by_keys && finite && p.dropout_p == 0 && !keys_in_place;
     const int64_t step = plain ? kPanel<P> : seen.end - seen.begin;
     for (int64_t j = seen.begin; j < seen.end; j += step) {
-      const Keys some{key0, seen.begin, j, j + step < seen.end ? j + step : seen.end};
+      const int64_t from = plain && j < seen.seen_begin ? seen.seen_begin : j;
+      const Keys some{key0, seen.begin, from, j + step < seen.end ? j + step : seen.end};
       if (fetches-- > 0) next.fetch();
-      if (plain && !live[j / kPanel<P>]) continue;
+      if (plain && (some.from >= some.to || !live[j / kPanel<P>])) continue;
       typename State::Bounds bounds;
       const bool edge = plain && bounds_of(row_scores, tile, some, bounds);
       if (!plain || !weigh_panel(tile, q_k, edge ? &bounds : nullptr, some, row_scores.pending_scale())) {
@@ -205,7 +209,8 @@ struct AttentionRowTiles {
   bool weigh_panel(const Tile& tile, const Product& m, const typename State::Bounds* seen, const Keys& some,
                    Real scale) const {
     if constexpr (P::kTileColumns == 4) {
-      const Group* panel = keys + some.from * groups;
+      const int64_t in_panel = some.from % kPanel<P>;
+      const Group* panel = keys + panel_place<P>(some.from - in_panel, groups) + in_panel * (P::kZipped ? 2 : 1);
       Group* to_weights = weights + some.at() / P::kStep;
       switch (some.count() / L) {
         case 1:
@@ -355,11 +360,12 @@ struct AttentionRowTiles {
   void multiply_values(const Tile& tile, const Span& span, bool finite, const Results* results) const {
     constexpr int64_t kSumPanels = 256 / kPanel<P>;  // keys in one running sum
     const int64_t last = panels(span.end);
-    for (int64_t n = span.begin / kPanel<P>; n < last;) {
+    for (int64_t n = span.seen_begin / kPanel<P>; n < last;) {
       int64_t run = n + 1;
       while (run < last && live[run] == live[n] && run % kSumPanels != 0) ++run;
       if (live[n]) {
-        const int64_t j = n * kPanel<P>, stop = run * kPanel<P> < span.end ? run * kPanel<P> : span.end;
+        const int64_t j = clamp(n * kPanel<P>, span.seen_begin, span.seen_end);
+        const int64_t stop = clamp(run * kPanel<P>, j, span.seen_end);
         const Product m = values_product(weights, span, j, stop);
         const IntoSums<P> sums{tile.o, out_columns, !tile.state.empty};
         const auto multiply = [&](const auto& into) TFORMER_LAMBDA {

@@ -21,6 +21,11 @@ struct AttentionTilesBeside : AttentionRowTiles<T, P> {
   // Rows of scores that become weights at once; fewer where there are more products beside them.
   static constexpr int kRowsAtOnce = kSlices == 1 ? 2 : 1;
 
+  // Of the sums of a row tile; a whole number of strips.
+  struct Columns {
+    int64_t begin, end;
+  };
+
   // A stretch whose weights are made, while its values are still to be added to the sums of its row tile: `last`, after
   // which the sums are the tile's results.
   struct Waiting {
@@ -47,8 +52,9 @@ struct AttentionTilesBeside : AttentionRowTiles<T, P> {
       return Keys{key0, begin, from, from + kKeyBlock < seen.end ? from + kKeyBlock : seen.end};
     };
     this->multiply_keys(q_k, tile.rows, block(seen.begin, seen.begin));
-    for (Span stretch{seen.begin, seen.begin};;) {
-      stretch = {stretch.end, stretch.end + stretch_keys < seen.end ? stretch.end + stretch_keys : seen.end};
+    for (Span stretch{seen.begin, seen.begin, seen.begin, seen.begin};;) {
+      const int64_t end = stretch.end + stretch_keys < seen.end ? stretch.end + stretch_keys : seen.end;
+      stretch = {stretch.end, end, stretch.end, end};
       std::swap(weights, other_weights);
       const int64_t blocks = (stretch.end - stretch.begin + kKeyBlock - 1) / kKeyBlock;
       Real rescale[kTileRows];
@@ -56,7 +62,7 @@ struct AttentionTilesBeside : AttentionRowTiles<T, P> {
       for (int64_t n = 0; n < blocks; ++n) {
         const Keys some = block(stretch.begin, stretch.begin + n * kKeyBlock), after = block(stretch.begin, some.to);
         const int64_t strips = (out_columns + kStrip - 1) / kStrip;
-        const Span columns{strips * n / blocks * kStrip, strips * (n + 1) / blocks * kStrip};
+        const Columns columns{strips * n / blocks * kStrip, strips * (n + 1) / blocks * kStrip};
         weigh_block(row_scores, tile, q_k, some, after, columns, finite, rescale);
         for (int i = 0; i < 4; ++i) next.fetch();
       }
@@ -89,7 +95,7 @@ struct AttentionTilesBeside : AttentionRowTiles<T, P> {
 
   // One block of them, `some`; beside it the scores of `after`, and `columns` of the values that are waiting.
   void weigh_block(const Scores<Real>& row_scores, const Tile& tile, const Product& q_k, const Keys& some,
-                   const Keys& after, const Span& columns, bool finite, Real* rescale) {
+                   const Keys& after, const Columns& columns, bool finite, Real* rescale) {
     const int64_t last_column = columns.end < out_columns ? columns.end : out_columns;
     const auto products_of = [](int64_t rows, int64_t units) {
       return units * (rows > L ? 2 : 1) * Terms<kSlices>::kCount;
