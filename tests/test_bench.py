@@ -20,6 +20,7 @@ from tformer_ext.bench import (
     files,
     gpu,
     harness,
+    models,
     modules,
     norms,
     small,
@@ -159,6 +160,35 @@ def test_contenders_of_modules_do_the_same_job(form, mode):
     made = modules.make_contenders(problem, torch.float32, mode, harness.Options(), dropout=0.0)
     assert [c.name for c in made] == [OURS, modules.STOCK]
     contenders_agree(made, 1e-3)
+
+
+@pytest.mark.parametrize("problem", models.PROBLEMS, ids=lambda p: f"{p}-{p.modes[-1]}")
+def test_contenders_of_models_do_the_same_job(problem):
+    pytest.importorskip("transformers")
+    tiny = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 37}
+    tiny |= {"num_attention_heads": 4, "pad_token_id": 0, "eos_token_id": 2}
+    if problem.name == "Llama":
+        tiny["num_key_value_heads"] = 2
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+    tiny |= dict.fromkeys(names, 0.0)  # it is drawn differently
+    small = dataclasses.replace(problem, config=tiny, B=2, S=20)
+    for mode in problem.modes:
+        made = models.make_contenders(small, torch.float32, mode)
+        assert [c.name for c in made] == [OURS, models.STOCK, models.ATTENTION]
+        assert [c.is_peer for c in made] == [True, True, False]
+        if mode == "training":
+            expected = made[1].call()
+            for contender in made:
+                for got, grad in zip(contender.call(), expected, strict=True):
+                    assert grad is None or (got - grad).abs().max() <= 1e-4 * max(1, grad.abs().max())
+        elif mode == "generate":
+            expected = made[1].call()
+            assert expected.shape == (2, 20 + models.NEW_TOKENS)
+            assert all(torch.equal(c.call(), expected) for c in made)
+        else:
+            rows = torch.arange(20) < torch.tensor([20, 10 if problem.padding else 20]).view(-1, 1)
+            expected = made[1].call()[rows]
+            assert all((c.call()[rows] - expected).abs().max() < 1e-4 for c in made)
 
 
 def test_bars_tell_how_still_it_was(capsys):
@@ -320,8 +350,15 @@ def test_a_filter_that_matches_nothing_is_an_error(capsys, tmp_path):
 
 
 def test_names_of_jobs_are_unique():
-    jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
+    jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *models.jobs()]
+    jobs += [*small.overhead_jobs(), *small.scaling_jobs()]
     assert len({job.name for job in jobs}) == len(jobs) > 150
+
+
+def test_whole_models_need_transformers(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "transformers" else object())
+    assert bench.main(["--filter", "^models/", "--output", str(tmp_path)]) == 1
+    assert "transformers is not installed" in capsys.readouterr().err
 
 
 def test_gpu_jobs_are_those_of_the_operations_that_are_there(monkeypatch):

@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"--against: {error}", file=sys.stderr)
         return 2
     jobs = chosen_jobs(options)
+    if importlib.util.find_spec("transformers") is None and options.device == "cpu":
+        print("whole models are left out: transformers is not installed", file=sys.stderr)
     if not jobs:
         print(f"--filter: no job matches {options.filter!r}", file=sys.stderr)
         return 1
@@ -117,12 +119,13 @@ def run(options: argparse.Namespace) -> int:
 
 def chosen_jobs(options: argparse.Namespace) -> list:
     """All jobs, those that --quick and --filter leave."""
-    from tformer_ext.bench import attention, gpu, modules, norms, small
+    from tformer_ext.bench import attention, gpu, models, modules, norms, small
 
     if options.device == "cuda":
         jobs = list(gpu.jobs())
     else:
-        jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
+        jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *models.jobs()]
+        jobs += [*small.overhead_jobs(), *small.scaling_jobs()]
     if options.quick:
         jobs = [job for job in jobs if "quick" in job.tags.split()]
     return [job for job in jobs if re.search(options.filter or "", job.name)]
