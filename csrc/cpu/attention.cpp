@@ -43,6 +43,13 @@ struct Work {
     return sum;
   }
 
+  // Neighbours stay together where all cost about the same.
+  Share share() const {
+    if (cost.empty()) return Share::kNext;
+    const auto [least, most] = std::minmax_element(cost.begin(), cost.end());
+    return *least >= 0.9 * *most ? Share::kNeighbours : Share::kNext;
+  }
+
   // The costly ones first, so that the last to finish are small.
   void sort() {
     std::vector<size_t> order(tasks.size());
@@ -228,7 +235,7 @@ void run_tasks(const AttentionParams& p, const Work& work, Scratch scratch, Run 
     const auto n = static_cast<size_t>(queue.taker.take_ahead());
     return n < queue.tasks.size() ? &queue.tasks[n] : nullptr;
   };
-  parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), [&](int64_t n, TaskTaker& taker) {
+  parallel_tasks(static_cast<int64_t>(work.tasks.size()), work.total(), work.share(), [&](int64_t n, TaskTaker& taker) {
     const FlushSubnormals flush;
     const AttentionTask& task = work.tasks[static_cast<size_t>(n)];
     Queue queue{work.tasks, taker};
@@ -387,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   const CpuKernels& kernels = cpu_kernels();
   std::vector<double> sink_parts(sinks.has_value() ? static_cast<size_t>(p.B * p.Hq) : 0);
-  parallel_tasks(static_cast<int64_t>(sink_parts.size()), static_cast<double>(query.numel()),
+  parallel_tasks(static_cast<int64_t>(sink_parts.size()), static_cast<double>(query.numel()), Share::kNext,
                  [&](int64_t n, TaskTaker&) {
                    const FlushSubnormals flush;
                    sink_parts[static_cast<size_t>(n)] = kernels.attention_sink_gradient(p, n / p.Hq, n % p.Hq);

@@ -107,7 +107,7 @@ void run_forward(const NormParams& p) {
   if (p.N == 0) return;
   const CpuKernels& kernels = cpu_kernels();
   const int64_t rows = rows_per_chunk(p.M, p.N), chunks = (p.M + rows - 1) / rows;
-  parallel_tasks(chunks, cost_of(p), [&](int64_t n, TaskTaker&) {
+  parallel_tasks(chunks, cost_of(p), Share::kNeighbours, [&](int64_t n, TaskTaker&) {
     kernels.norm_forward(p, n * rows, std::min((n + 1) * rows, p.M), ThreadScratch::get(kernels.norm_scratch(p)));
   });
 }
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
 
   if (p.N > 0) {
     const CpuKernels& kernels = cpu_kernels();
-    parallel_tasks(chunks, cost_of(p), [&](int64_t n, TaskTaker&) {
+    parallel_tasks(chunks, cost_of(p), Share::kNeighbours, [&](int64_t n, TaskTaker&) {
       kernels.norm_backward(p, n, ThreadScratch::get(kernels.norm_scratch(p)));
     });
   }
