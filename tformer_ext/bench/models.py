@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class Problem:
 
     name: str
     model: str
-    config: dict = field(hash=False)
+    config: dict
     B: int
     S: int
     modes: tuple[str, ...]

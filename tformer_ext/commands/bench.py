@@ -1,4 +1,4 @@
-"""`python -m tformer_ext bench`: attention and norms against torch's own, in turn within one run.
+"""`python -m tformer_ext bench`: attention, norms, layers and whole models against the stock ones, in turn.
 
 Prints tables and the project's bars, writes a CSV file and plots.
 """
