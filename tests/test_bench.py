@@ -60,6 +60,18 @@ def test_contenders_take_turns():
     assert changes > 4  # not all of one, then all of the other
 
 
+def test_those_about_as_fast_make_as_many_calls_a_batch():
+    """With one call of ours and two of a peer, ours would always find the caches as another one left them."""
+    seconds = [1.1e-3, 0.6e-3, 0.4e-3, 2.9e-3, 0.3e-3, 4e-3, 9.0]
+    plans = [harness.Plan(harness.Contender(str(s), lambda: None), harness.Timing(), s) for s in seconds]
+    plans[-1].timing.lasting = True
+    harness._spread(plans, harness.Options(budget=0.6))
+    assert [plan.inner for plan in plans] == [3, 3, 3, 3, 4, 1, 1]
+    assert [plan.rounds for plan in plans] == [181, 333, 400, 68, 400, 150, 0]
+    plans[0].timing.lasting = True
+    harness._spread(plans[:1], harness.Options(budget=0.6))
+
+
 def test_a_peer_that_cannot_run_is_left_out():
     def refuses():
         raise RuntimeError("no such backend")
@@ -425,7 +437,9 @@ def test_first_calls_on_a_gpu_are_not_timed(monkeypatch):
     monkeypatch.setattr(harness, "_timed", timed)
     monkeypatch.setattr(harness, "_launch_seconds", lambda contender: 2e-4)
     contender = harness.Contender("slow to begin", lambda: None)
-    plan = harness._plan(contender, harness.Options(budget=0.1, device="cuda"))
+    options = harness.Options(budget=0.1, device="cuda")
+    plan = harness._plan(contender, options)
+    harness._spread([plan], options)
     assert plan.timing.batches == [] and plan.rounds == 100
     # the host is ahead by more than what it takes for a call
     assert head_starts[0] == 0 and all(2e-4 < start < 1e-3 for start in head_starts[1:]) and len(head_starts) == 3

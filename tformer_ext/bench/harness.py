@@ -17,6 +17,7 @@ from .weather import ENOUGH, STILL, Probe, Weather
 # A shorter batch would measure the clock; calls are repeated until one is this long.
 BATCH_SECONDS = 1e-3
 MOST_ROUNDS = 400
+FAR = 3.0  # times ours: so far apart, neither the state of the caches nor more batches change the picture
 GPU_HERTZ = 2.2e9  # no GPU's clock is much faster: torch.cuda._sleep counts its ticks
 
 
@@ -89,6 +90,7 @@ class Plan:
 
     contender: Contender
     timing: Timing
+    call_seconds: float = 0.0
     inner: int = 1
     rounds: int = 0
     done: int = 0
@@ -109,6 +111,7 @@ def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
         except (RuntimeError, NotImplementedError):
             if contender is contenders[0]:
                 raise
+    _spread(plans, options)
     total = max(plan.rounds for plan in plans)
     with _no_garbage_collection():
         for n in range(total):
@@ -124,21 +127,39 @@ def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
 
 
 def _plan(contender: Contender, options: Options) -> Plan:
-    """Warms the contender up and spreads its budget."""
+    """Warms the contender up and finds out how long a call takes."""
     plan = Plan(contender, Timing())
     if options.device == "cuda":
         _timed(contender, 1, options)  # loads kernels and makes plans, seconds that say nothing of a slow call
         plan.head_start = 1.5 * _launch_seconds(contender)
     first = _timed(contender, 1, options, plan.head_start)
     if not contender.compiles and first.seconds > 4 * options.budget:
-        plan.timing = Timing([first], calls=1, lasting=True)
+        plan.timing, plan.call_seconds = Timing([first], calls=1, lasting=True), first.seconds
         return plan
     second = _timed(contender, 1, options, plan.head_start).seconds
     if second < BATCH_SECONDS:  # too short to judge by one call
         second = min(second, _timed(contender, 10, options, plan.head_start).seconds)
-    plan.inner = max(1, math.ceil(BATCH_SECONDS / second))
-    plan.rounds = min(MOST_ROUNDS, max(3, int(options.budget / (second * plan.inner))))
+    plan.call_seconds = second
     return plan
+
+
+def _spread(plans: list[Plan], options: Options) -> None:
+    """Calls of a batch, and batches that fill the budget, except for those of one lasting call.
+
+    The first call of a batch finds in the caches what another contender left there, the next ones what they left
+    themselves. So those who are about as fast as ours make as many calls a batch as the fastest of them needs.
+    """
+    ours = plans[0].call_seconds
+    near = [ours / FAR < plan.call_seconds < ours * FAR for plan in plans]
+    shared = max(_calls_of_a_batch(plan.call_seconds) for plan, is_near in zip(plans, near, strict=True) if is_near)
+    for plan, is_near in zip(plans, near, strict=True):
+        if not plan.timing.lasting:
+            plan.inner = shared if is_near else _calls_of_a_batch(plan.call_seconds)
+            plan.rounds = min(MOST_ROUNDS, max(3, int(options.budget / (plan.call_seconds * plan.inner))))
+
+
+def _calls_of_a_batch(call_seconds: float) -> int:
+    return max(1, math.ceil(BATCH_SECONDS / call_seconds))
 
 
 def _batch(plan: Plan, options: Options) -> None:
