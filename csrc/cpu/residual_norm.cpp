@@ -79,6 +79,13 @@ bool writes_around_cache(const NormParams& p, size_t read, std::initializer_list
   return total >= 2 * cache_sizes().last;
 }
 
+// Whether backward asks for the lines of its results before it writes them: a store that waits for its line holds up
+// those behind it. What may lie in the second-level cache needs no asking, 16-bit rows with dropout wait for numbers.
+bool fetches_results(const NormParams& p, size_t element) {
+  const bool by_arithmetic = element == 2 && p.dropout_p > 0;
+  return !p.around_cache && !by_arithmetic && static_cast<size_t>(p.M * p.N) * element >= cache_sizes().second;
+}
+
 double cost_of(const NormParams& p) { return 32.0 * static_cast<double>(p.M) * static_cast<double>(p.N); }
 
 void set_weight(NormParams& p, const OptionalTensor& weight) {
@@ -159,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward(Tensor grad_y,
   set_weight(p, weight);
   NormGradients gradients(p, grad_y, x_dtype, residual_dtype);
   p.around_cache = writes_around_cache(p, bytes_of({&grad_y, &sum}, {&grad_sum}), {&gradients.x, &gradients.residual});
+  p.fetch_results = fetches_results(p, gradients.x.element_size());
   p.chunk_rows = rows_per_chunk(p.M, p.N);
   const int64_t chunks = (p.M + p.chunk_rows - 1) / p.chunk_rows;
   const size_t bytes = static_cast<size_t>(chunks * p.N) * element_bytes(accumulator_type(p.dtype));

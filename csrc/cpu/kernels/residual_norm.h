@@ -318,6 +318,8 @@ struct ResidualNorm {
     int64_t i;
     const R *saved[kRows], *dsum[kRows];
     const T *dy[kRows], *next_dy[kRows];
+    T* dx[kRows];
+    R* dresidual[kRows];
     Real mean[kRows], rstd[kRows];
     Vec<Real> sum_g[kRows], sum_gx[kRows];
   };
@@ -342,15 +344,16 @@ struct ResidualNorm {
     for (int u = 0; u < kCount; ++u) store(dw + u * L, for_w[u]), store(db + u * L, for_b[u]);
   }
   // Several rows at once, so that the gradients of weight and bias are read and written once for all; few enough to
-  // stay in an L1 of 32 KB. One by one where that has room for the next one too and rows come from memory, which gives
-  // more if it is read in order: from so many bytes on. Numbers that are not this machine's own: how many rows shows in
-  // the rounding.
+  // stay in an L1 of 32 KB. One by one where that has room for the next one too and rows are not narrowed (their bytes
+  // count more than those of the gradients) or come from memory, which gives more if it is read in order: from so many
+  // bytes on. Numbers that are not this machine's own: how many rows shows in the rounding.
   void backward_group(int64_t i, int64_t end) const {
-    constexpr int64_t kRowBytes = 24 * 1024, kFromMemory = 32 * 1024 * 1024;
+    constexpr bool kNarrow = sizeof(T) < sizeof(Real);
+    constexpr int64_t kRowBytes = 24 * 1024, kAlone = (kNarrow ? 12 : 16) * 1024, kFromMemory = 32 * 1024 * 1024;
     const int64_t read = p.N * static_cast<int64_t>(sizeof(T) + sizeof(R));
     const int64_t more =
         p.N * static_cast<int64_t>(sizeof(T) + (p.grad_sum ? sizeof(R) : 0) + (p.grad_residual ? sizeof(R) : 0));
-    const bool one = 2 * read <= kRowBytes && p.M * (read + more) >= kFromMemory, four = 4 * read <= kRowBytes;
+    const bool one = read <= kAlone && (!kNarrow || p.M * (read + more) >= kFromMemory), four = 4 * read <= kRowBytes;
     for (; !one && four && i + 4 <= end; i += 4) backward_rows<4>(i);
     for (; !one && i + 2 <= end; i += 2) backward_rows<2>(i);
     for (; i < end; ++i) backward_rows<1>(i);
@@ -362,6 +365,7 @@ struct ResidualNorm {
     for (int r = 0; r < kRows; ++r) {
       rows.saved[r] = at<R>(p.saved, i + r, p.saved_stride), rows.dy[r] = at<T>(p.grad_y, i + r, p.grad_y_stride);
       rows.dsum[r] = at<R>(p.grad_sum, i + r, p.grad_sum_stride);
+      rows.dx[r] = at<T>(p.grad_x, i + r, p.N), rows.dresidual[r] = at<R>(p.grad_residual, i + r, p.N);
       rows.next_dy[r] = i + r + kRows < p.M ? rows.dy[r] + kRows * p.grad_y_stride : rows.dy[r];
       rows.mean[r] = p.rms ? Real(0) : static_cast<const Real*>(p.mean)[i + r];
       rows.rstd[r] = static_cast<const Real*>(p.rstd)[i + r];
@@ -372,6 +376,12 @@ struct ResidualNorm {
         if (p.grad_sum) {
           for (int r = 0; r < kRows; ++r) prefetch_block(rows.dsum[r] + c);
         }
+        if (p.fetch_results) {
+          for (int r = 0; r < kRows; ++r) prefetch_block(rows.dx[r] + c);
+          if (p.grad_residual) {
+            for (int r = 0; r < kRows; ++r) prefetch_block(rows.dresidual[r] + c);
+          }
+        }
         for (int u = 0; u < count; u += 2) first_pass<kRows, 2>(rows, c + u * L, n);
       } else {
         first_pass<kRows, 1>(rows, c, n);
@@ -381,17 +391,19 @@ struct ResidualNorm {
     for (int r = 0; r < kRows; ++r) {
       const Real mean_g = p.rms ? Real(0) : sum_lanes<Real>(rows.sum_g[r]) / count;
       const Real mean_gx = sum_lanes<Real>(rows.sum_gx[r]) / count;
-      write_gradients(i + r, kRows, rows.saved[r], rows.dy[r], rows.dsum[r], rows.mean[r], rows.rstd[r], mean_g,
-                      rows.rstd[r] * mean_gx);
+      write_gradients(rows, r, mean_g, rows.rstd[r] * mean_gx);
     }
   }
 
-  // ahead: rows from i to the one that is read at this place next.
-  TFORMER_INLINE void write_gradients(int64_t i, int64_t ahead, const R* saved, const T* dy, const R* dsum, Real mean,
-                                      Real rstd, Real mean_g, Real slope) const {
-    T* dx = at<T>(p.grad_x, i, p.N);
-    R* dresidual = at<R>(p.grad_residual, i, p.N);
-    const R* next_saved = i + ahead < p.M ? saved + ahead * p.saved_stride : saved;
+  template <int kRows>
+  TFORMER_INLINE void write_gradients(const Rows<kRows>& rows, int r, Real mean_g, Real slope) const {
+    const int64_t i = rows.i + r;
+    const R *saved = rows.saved[r], *dsum = rows.dsum[r];
+    const T* dy = rows.dy[r];
+    T* dx = rows.dx[r];
+    R* dresidual = rows.dresidual[r];
+    const Real mean = rows.mean[r], rstd = rows.rstd[r];
+    const R* next_saved = i + kRows < p.M ? saved + kRows * p.saved_stride : saved;
     each_block([&](auto count, int64_t c, int64_t n) TFORMER_LAMBDA {
       Vec<Real> g[count], h[count], w[count];
       prefetch_block(next_saved + c);
