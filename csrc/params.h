@@ -132,7 +132,7 @@ struct NormParams {
   void* grad_residual;   // (M, N) of sum_dtype, or null
   void* partial_weight;  // (chunks, N) float (double for f64), or null
   void* partial_bias;    // likewise
-  int64_t chunk_rows;    // rows that share one partial: a function of M alone, so that threads do not show in the sums
+  int64_t chunk_rows;    // rows that share one partial: a function of sizes alone, so that threads do not show in sums
   bool fetch_results;    // asks for the lines of the gradients of x and residual before they are written
 };
 

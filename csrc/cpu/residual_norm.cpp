@@ -80,7 +80,8 @@ bool writes_around_cache(const NormParams& p, size_t read, std::initializer_list
 }
 
 // Whether backward asks for the lines of its results before it writes them: a store that waits for its line holds up
-// those behind it. What may lie in the second-level cache needs no asking, 16-bit rows with dropout wait for numbers.
+// those behind it. What may lie in the second-level cache needs no asking; 16-bit rows with dropout wait for
+// arithmetic, not for memory.
 bool fetches_results(const NormParams& p, size_t element) {
   const bool by_arithmetic = element == 2 && p.dropout_p > 0;
   return !p.around_cache && !by_arithmetic && static_cast<size_t>(p.M * p.N) * element >= cache_sizes().second;

@@ -349,12 +349,14 @@ struct ResidualNorm {
   // bytes on. Numbers that are not this machine's own: how many rows shows in the rounding.
   void backward_group(int64_t i, int64_t end) const {
     constexpr bool kNarrow = sizeof(T) < sizeof(Real);
-    constexpr int64_t kRowBytes = 24 * 1024, kAlone = (kNarrow ? 12 : 16) * 1024, kFromMemory = 32 * 1024 * 1024;
+    constexpr int64_t kAlone = (kNarrow ? 12 : 16) * 1024, kFour = 6 * 1024, kFromMemory = 32 * 1024 * 1024;
     const int64_t read = p.N * static_cast<int64_t>(sizeof(T) + sizeof(R));
     const int64_t more =
         p.N * static_cast<int64_t>(sizeof(T) + (p.grad_sum ? sizeof(R) : 0) + (p.grad_residual ? sizeof(R) : 0));
-    const bool one = read <= kAlone && (!kNarrow || p.M * (read + more) >= kFromMemory), four = 4 * read <= kRowBytes;
-    for (; !one && four && i + 4 <= end; i += 4) backward_rows<4>(i);
+    const bool one = read <= kAlone && (!kNarrow || p.M * (read + more) >= kFromMemory);
+    if constexpr (kNarrow) {
+      for (; !one && read <= kFour && i + 4 <= end; i += 4) backward_rows<4>(i);
+    }
     for (; !one && i + 2 <= end; i += 2) backward_rows<2>(i);
     for (; i < end; ++i) backward_rows<1>(i);
   }
