@@ -65,8 +65,8 @@ size_t bytes_of(std::initializer_list<const Tensor*> tensors, std::initializer_l
 }
 
 // Whether the results had better not go through the caches: most of them would be thrown out before somebody reads
-// them, and a store past the caches need not read the line first. That pays, also for a reader who comes next, from
-// twice the last cache on, with what is read (`read`: bytes of one column).
+// them, and a store past the caches need not read the line first. That pays, also for a reader who comes next, from one
+// and a half times the last cache on, with what is read (`read`: bytes of one column).
 bool writes_around_cache(const NormParams& p, size_t read, std::initializer_list<const Tensor*> results) {
   constexpr size_t kLine = 64;
   size_t total = static_cast<size_t>(p.M) * static_cast<size_t>(p.N) * read;
@@ -76,7 +76,7 @@ bool writes_around_cache(const NormParams& p, size_t read, std::initializer_list
     if (row % kLine != 0 || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kLine != 0) return false;
     total += static_cast<size_t>(p.M) * row;
   }
-  return total >= 2 * cache_sizes().last;
+  return 2 * total >= 3 * cache_sizes().last;
 }
 
 // Whether backward asks for the lines of its results before it writes them: a store that waits for its line holds up
