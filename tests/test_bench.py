@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import statistics
+import time
 from itertools import pairwise
 
 import pytest
@@ -60,16 +62,28 @@ def test_contenders_take_turns():
     assert changes > 4  # not all of one, then all of the other
 
 
-def test_those_about_as_fast_make_as_many_calls_a_batch():
-    """With one call of ours and two of a peer, ours would always find the caches as another one left them."""
-    seconds = [1.1e-3, 0.6e-3, 0.4e-3, 2.9e-3, 0.3e-3, 4e-3, 9.0]
-    plans = [harness.Plan(harness.Contender(str(s), lambda: None), harness.Timing(), s) for s in seconds]
-    plans[-1].timing.lasting = True
-    harness._spread(plans, harness.Options(budget=0.6))
-    assert [plan.inner for plan in plans] == [3, 3, 3, 3, 4, 1, 1]
-    assert [plan.rounds for plan in plans] == [181, 333, 400, 68, 400, 150, 0]
-    plans[0].timing.lasting = True
-    harness._spread(plans[:1], harness.Options(budget=0.6))
+def test_a_short_call_follows_others_of_its_own_kind():
+    """It would else find the caches as another contender left them: these take four times as long then."""
+    last = None
+
+    def contender(name):
+        def call():
+            nonlocal last
+            time.sleep(1e-3 if last == name else 4e-3)
+            last = name
+
+        return harness.Contender(name, call)
+
+    options = harness.Options(budget=0.05, memory=False)
+    for timing in harness.measure([contender("a"), contender("b")], options).values():
+        assert statistics.median(batch.seconds for batch in timing.batches) < 3e-3
+        assert timing.calls == 4 * len(timing.batches)
+
+
+def test_a_long_call_follows_whoever_was_before():
+    contender = harness.Contender("long", lambda: time.sleep(4e-3))
+    (timing,) = harness.measure([contender], harness.Options(budget=0.014, memory=False)).values()
+    assert timing.calls == len(timing.batches) == 3
 
 
 def test_a_peer_that_cannot_run_is_left_out():
@@ -439,8 +453,7 @@ def test_first_calls_on_a_gpu_are_not_timed(monkeypatch):
     contender = harness.Contender("slow to begin", lambda: None)
     options = harness.Options(budget=0.1, device="cuda")
     plan = harness._plan(contender, options)
-    harness._spread([plan], options)
-    assert plan.timing.batches == [] and plan.rounds == 100
+    assert plan.timing.batches == [] and plan.rounds == 25  # of one call that is timed and three that are not
     # the host is ahead by more than what it takes for a call
     assert head_starts[0] == 0 and all(2e-4 < start < 1e-3 for start in head_starts[1:]) and len(head_starts) == 3
     taken = [9.0, *[1e-3] * 3]

@@ -17,7 +17,11 @@ from .weather import ENOUGH, STILL, Probe, Weather
 # A shorter batch would measure the clock; calls are repeated until one is this long.
 BATCH_SECONDS = 1e-3
 MOST_ROUNDS = 400
-FAR = 3.0  # times ours: so far apart, neither the state of the caches nor more batches change the picture
+# A shorter call follows a few of its own kind that are not timed: what it finds in the caches is what those left, not
+# what another contender did. One is not enough: a last-level cache gives up what it holds in three or four passes over
+# other things. Longer calls go through several times what the caches hold, or many times through what fits in.
+FOLLOWS_ITSELF_SECONDS = 3e-3
+UNTIMED_CALLS = 3
 GPU_HERTZ = 2.2e9  # no GPU's clock is much faster: torch.cuda._sleep counts its ticks
 
 
@@ -86,12 +90,12 @@ class Options:
 
 @dataclass
 class Plan:
-    """How a contender is timed: `inner` calls a batch, one batch in each of `rounds` rounds."""
+    """How a contender is timed: `inner` calls a batch after `untimed` ones, one batch in each of `rounds` rounds."""
 
     contender: Contender
     timing: Timing
-    call_seconds: float = 0.0
     inner: int = 1
+    untimed: int = 0
     rounds: int = 0
     done: int = 0
     head_start: float = 0.0  # seconds before each call that a GPU waits, so that it never waits for the host later
@@ -111,7 +115,6 @@ def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
         except (RuntimeError, NotImplementedError):
             if contender is contenders[0]:
                 raise
-    _spread(plans, options)
     total = max(plan.rounds for plan in plans)
     with _no_garbage_collection():
         for n in range(total):
@@ -127,56 +130,41 @@ def measure(contenders: list[Contender], options: Options) -> dict[str, Timing]:
 
 
 def _plan(contender: Contender, options: Options) -> Plan:
-    """Warms the contender up and finds out how long a call takes."""
+    """Warms the contender up and spreads its budget."""
     plan = Plan(contender, Timing())
     if options.device == "cuda":
         _timed(contender, 1, options)  # loads kernels and makes plans, seconds that say nothing of a slow call
         plan.head_start = 1.5 * _launch_seconds(contender)
     first = _timed(contender, 1, options, plan.head_start)
     if not contender.compiles and first.seconds > 4 * options.budget:
-        plan.timing, plan.call_seconds = Timing([first], calls=1, lasting=True), first.seconds
+        plan.timing = Timing([first], calls=1, lasting=True)
         return plan
     second = _timed(contender, 1, options, plan.head_start).seconds
     if second < BATCH_SECONDS:  # too short to judge by one call
         second = min(second, _timed(contender, 10, options, plan.head_start).seconds)
-    plan.call_seconds = second
+    plan.inner = max(1, math.ceil(BATCH_SECONDS / second))
+    plan.untimed = UNTIMED_CALLS if second < FOLLOWS_ITSELF_SECONDS else 0
+    plan.rounds = min(MOST_ROUNDS, max(3, int(options.budget / (second * (plan.inner + plan.untimed)))))
     return plan
-
-
-def _spread(plans: list[Plan], options: Options) -> None:
-    """Calls of a batch, and batches that fill the budget, except for those of one lasting call.
-
-    The first call of a batch finds in the caches what another contender left there, the next ones what they left
-    themselves. So those who are about as fast as ours make as many calls a batch as the fastest of them needs.
-    """
-    ours = plans[0].call_seconds
-    near = [ours / FAR < plan.call_seconds < ours * FAR for plan in plans]
-    shared = max(_calls_of_a_batch(plan.call_seconds) for plan, is_near in zip(plans, near, strict=True) if is_near)
-    for plan, is_near in zip(plans, near, strict=True):
-        if not plan.timing.lasting:
-            plan.inner = shared if is_near else _calls_of_a_batch(plan.call_seconds)
-            plan.rounds = min(MOST_ROUNDS, max(3, int(options.budget / (plan.call_seconds * plan.inner))))
-
-
-def _calls_of_a_batch(call_seconds: float) -> int:
-    return max(1, math.ceil(BATCH_SECONDS / call_seconds))
 
 
 def _batch(plan: Plan, options: Options) -> None:
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    plan.timing.batches.append(_timed(plan.contender, plan.inner, options, plan.head_start))
+    plan.timing.batches.append(_timed(plan.contender, plan.inner, options, plan.head_start, plan.untimed))
     plan.timing.page_faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    plan.timing.calls += plan.inner
+    plan.timing.calls += plan.inner + plan.untimed
     plan.done += 1
 
 
-def _timed(contender: Contender, count: int, options: Options, head_start: float = 0.0) -> Batch:
+def _timed(contender: Contender, count: int, options: Options, head_start: float = 0.0, untimed: int = 0) -> Batch:
     if contender.prepare is not None:
         contender.prepare()
     call = contender.call
     if options.device == "cuda":
-        return Batch(_timed_by_events(call, count, head_start) / count)
+        return Batch(_timed_by_events(call, count, head_start, untimed) / count)
     before = options.weather.probe()
+    for _ in range(untimed):
+        call()
     start = time.perf_counter()
     for _ in range(count):
         call()
@@ -185,13 +173,15 @@ def _timed(contender: Contender, count: int, options: Options, head_start: float
     return Batch(seconds / count, max(before, after, key=lambda probe: probe.seconds))
 
 
-def _timed_by_events(call: Callable[[], object], count: int, head_start: float) -> float:
+def _timed_by_events(call: Callable[[], object], count: int, head_start: float, untimed: int) -> float:
     """Seconds on the GPU's clock from before the first call to after the last. The host gets a head start: torch's
     autograd alone takes longer to begin a short backward call than the call takes, whoever's kernels it is."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     if head_start:
-        torch.cuda._sleep(int(count * head_start * GPU_HERTZ))
+        torch.cuda._sleep(int((count + untimed) * head_start * GPU_HERTZ))
+    for _ in range(untimed):
+        call()
     begin.record()
     for _ in range(count):
         call()
