@@ -39,6 +39,7 @@ HOST_SOURCES = [
     "csrc/cpu/split.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/residual_norm.cpp",
+    "csrc/cpu/linear.cpp",
 ]
 KERNEL_SOURCES = ["csrc/cpu/kernels/kernels.cpp"]
 

@@ -136,4 +136,16 @@ struct NormParams {
   bool fetch_results;    // asks for the lines of the gradients of x and residual before they are written
 };
 
+// y (M, N) = x (M, K) weightT + bias, one dtype, floating and not double.
+struct LinearParams {
+  DType dtype;
+  int64_t M, N, K;
+  const void* x;  // (M, K)
+  int64_t x_stride;
+  const void* weight;        // (N, K)
+  int64_t weight_stride[2];  // one of them 1: torch's Linear has rows along K, GPT-2's Conv1D along N
+  const void* bias;          // (N), or null
+  void* y;                   // (M, N), contiguous
+};
+
 }  // namespace tformer

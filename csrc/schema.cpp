@@ -62,4 +62,9 @@ STABLE_TORCH_LIBRARY(TFORMER_NAMESPACE, m) {
       "Tensor? weight, Tensor? dropout_seed, float dropout_p, bool rms, ScalarType x_dtype, "
       "ScalarType? residual_dtype, ScalarType? bias_dtype) "
       "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+
+  // x @ weight^T + bias on the CPU for a few rows, where the time is that of reading the weights.
+  //   x (..., K): rows evenly spaced, last stride 1; weight (N, K), one of its strides 1; bias (N) contiguous
+  //   all of one dtype: float32, bfloat16 or float16; returns (..., N)
+  m.def("_linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }

@@ -23,6 +23,7 @@ from tformer_ext.bench import (
     files,
     gpu,
     harness,
+    linear,
     models,
     modules,
     norms,
@@ -187,6 +188,17 @@ def test_contenders_of_modules_do_the_same_job(form, mode):
     made = modules.make_contenders(problem, torch.float32, mode, harness.Options(), dropout=0.0)
     assert [c.name for c in made] == [OURS, modules.STOCK]
     contenders_agree(made, 1e-3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_contenders_of_linear_do_the_same_job(transposed, monkeypatch):
+    monkeypatch.setattr(linear, "last_level_cache", lambda: 1 << 20)
+    made = linear.make_contenders(linear.Problem(3, 400, 900, transposed), torch.float32)
+    assert [c.name for c in made] == [OURS, linear.STOCK]
+    first, *others = (made[0].call() for _ in range(3))
+    assert not any(torch.allclose(first, y) for y in others)  # weights of its own each time
+    for _ in range(5):
+        torch.testing.assert_close(made[0].call(), made[1].call(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("problem", models.PROBLEMS, ids=lambda p: f"{p}-{p.modes[-1]}")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerances import assert_close, assert_gradient_close, farther
+from tolerances import assert_close, assert_gradient_close, farther, finite_where_expected
 from torch import nn
 
 from tformer_ext.modules import linear as ours
@@ -11,6 +11,7 @@ from tformer_ext.reference.philox import keep_scale
 F = nn.functional
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 HALVES = (torch.bfloat16, torch.float16)
+FEW_ROWS = torch.ops.tformer_ext._linear_few_rows
 SHAPES = [((2, 3, 8), 5), ((130, 300), 400), ((1, 768), 768), ((3, 40, 1000), 530), ((0, 8), 5)]
 
 
@@ -135,6 +136,104 @@ def test_autocast_to_what_is_widened(activation, rows, monkeypatch):
     with torch.autocast("cpu", torch.float16):
         assert not ours._is_autocast_to_widened(*tensors)
     assert not ours._is_autocast_to_widened(*tensors)
+
+
+def lying_along(dim, weight):
+    """The same numbers, in rows (as nn.Linear has them) or columns that lie one behind the other and a bit apart."""
+    apart = torch.full((weight.shape[dim], weight.shape[1 - dim] + 3), torch.nan, dtype=weight.dtype)
+    apart[:, : weight.shape[1 - dim]] = weight if dim == 0 else weight.t()
+    apart = apart[:, : weight.shape[1 - dim]]
+    return apart if dim == 0 else apart.t()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("along", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_few_rows(isa, dtype, along, bias):
+    """Fewer than a vector, more columns than a task has, more sums than L1 has room for, odd everywhere."""
+    for M, K, N in [
+        (1, 1, 1),
+        (1, 5, 3),
+        (2, 64, 64),
+        (3, 33, 17),
+        (4, 770, 63),
+        (5, 99, 2100),
+        (8, 100, 4500),
+        (64, 41, 150),
+    ]:
+        tensors = [torch.randn(M, K), torch.randn(N, K) / K**0.5, torch.randn(N)][: 2 + bias]
+        x, w, *b = tensors = [t.to(dtype) for t in tensors]
+        golden, yardstick = F.linear(*(t.double() for t in tensors)), F.linear(*tensors)
+        if dtype == torch.float32:
+            yardstick = farther((yardstick, running_sums(ACTIVATIONS["none"], yardstick, *tensors)[0]), golden)
+        w = lying_along(along, w)
+        assert_close(FEW_ROWS(x, w, b[0] if b else None), golden, yardstick, f"{M} x {K} -> {N}")
+
+
+@pytest.mark.parametrize("along", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_few_rows_and_numbers_that_are_none(isa, dtype, along):
+    x, w, b = torch.randn(3, 130).to(dtype), torch.randn(200, 130).to(dtype), torch.randn(200).to(dtype)
+    x[1, 129], w[77, 0], w[199, 128], b[5] = torch.inf, torch.nan, -torch.inf, torch.inf
+    expected = F.linear(x, w, b)
+    finite_where_expected(FEW_ROWS(x, lying_along(along, w), b), expected, "y")
+
+
+@pytest.mark.parametrize("along", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_few_rows_on_any_number_of_threads(dtype, along, threads):
+    x, w, b = torch.randn(3, 1030).to(dtype), torch.randn(1501, 1030).to(dtype), torch.randn(1501).to(dtype)
+    w = lying_along(along, w)
+    results = []
+    for count in (1, 2, 5, 2):
+        threads(count)
+        results.append(FEW_ROWS(x, w, b))
+    assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_which_calls_have_few_rows(dtype, monkeypatch):
+    choose(monkeypatch, set(), {torch.float16})
+    seen = []
+
+    def counted(x, weight, bias):
+        seen.append(len(x.view(-1, 700)))
+        return FEW_ROWS(x, weight, bias)
+
+    monkeypatch.setattr(ours, "linear_few_rows", counted)
+    module, conv = ours.Linear(700, 600, dtype=dtype), torch.randn(700, 600, dtype=dtype)
+    x = torch.randn(2, 20, 700, dtype=dtype)
+    with torch.no_grad():
+        for rows in (x[:1, :1], x[:, -1:], x[:1, :8], x[:1, :9], x[:1, :15], x[:1, :16], x[:, :0], x):
+            for w, b in ((module.weight, module.bias), (conv.t(), None)):
+                y = module(rows) if b is not None else ours.linear(rows, w, b)
+                torch.testing.assert_close(y, F.linear(rows, w, b), rtol=0.02, atol=0.01)
+    most = [1, 2, 8, 9, 15] if dtype == torch.float16 else [1, 2, 8]
+    assert seen == [n for n in most for _ in range(2)]
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        module(x[:1, :1])
+    assert module(x[:1, :1]).requires_grad
+    with torch.no_grad():
+        ours.linear(x[:1, :1].double(), module.weight.double(), None)
+        ours.linear(x[:1, :1], torch.randn(600, 1400, dtype=dtype)[:, ::2], None)
+    assert not seen
+
+
+def test_few_rows_of_what_does_not_fit():
+    x, w, b = torch.randn(2, 30), torch.randn(40, 30), torch.randn(40)
+    for operands, message in [
+        ((x, w[:, :20], b), "weight: expected"),
+        ((x, w.double(), b), "weight: expected the dtype"),
+        ((x, torch.randn(40, 60)[:, ::2], b), "weight: expected a stride of 1"),
+        ((x, w, b[:9]), "bias: expected"),
+        ((x.double(), w.double(), None), "x: expected float32"),
+        ((torch.randn(65, 30), w, b), "x: expected 1 to 64 rows"),
+        ((x[:, :0], w[:, :0], b), "of at least one element"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            FEW_ROWS(*operands)
+    assert FEW_ROWS(x[:0], w, b).shape == (0, 40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)

@@ -51,6 +51,11 @@ def test_opcheck_norm(dropout_p, rms):
     opcheck(OPS._residual_norm_backward.default, back)
 
 
+def test_opcheck_linear():
+    opcheck(OPS._linear_few_rows.default, (torch.randn(2, 1, 30), torch.randn(9, 30), torch.randn(9)))
+    opcheck(OPS._linear_few_rows.default, (torch.randn(30), torch.randn(30, 9).t(), None))
+
+
 def test_flops_are_counted_as_those_of_torch():
     q, k, v = (torch.randn(2, H, S, D, requires_grad=True) for H, S, D in ((4, 6, 8), (2, 10, 8), (2, 10, 12)))
     multiply_adds = 2 * 4 * 6 * 10

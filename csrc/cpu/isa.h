@@ -17,6 +17,7 @@ struct AttentionParams;
 struct AttentionTask;
 struct NextTask;
 struct NormParams;
+struct LinearParams;
 
 // Every *_scratch function gives the bytes that one thread's `scratch` must hold for these parameters.
 struct CpuKernels {
@@ -37,6 +38,9 @@ struct CpuKernels {
   // partial (chunks, N), float or double for f64, summed over the chunks to out (N) of out_dtype
   void (*norm_sum)(DType, const void* partial, int64_t chunks, int64_t N, DType out_dtype, void* out);
   size_t (*norm_scratch)(const NormParams&);
+
+  // columns [begin, end) of y
+  void (*linear_few_rows)(const LinearParams&, int64_t begin, int64_t end);
 
   // Do so many rounds of nothing but arithmetic and give the number of operations: see kernels/ceilings.h.
   double (*fma_operations)(DType, int64_t rounds);

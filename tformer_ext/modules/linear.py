@@ -3,7 +3,8 @@
 Linear: torch multiplies float32 with MKL, which stays well below oneDNN's speed on CPUs other than Intel's, and writes
 the bias first, then adds the product to it. oneDNN's linear takes bias and activation along. Where a CPU does not
 multiply a 16-bit dtype, torch's products of it took 3 to 5 times as long as float32 ones (on a Cascade Lake): there
-operands are widened, which is exact, and the float32 sums rounded once, as torch rounds its own.
+operands are widened, which is exact, and the float32 sums rounded once, as torch rounds its own. A few rows, which is
+what a model that generates multiplies, go to a kernel that reads the weights as fast as memory gives them.
 Dropout: torch draws its random numbers one after the other; those of the residual norm come from counters, in vectors.
 Everything that is no plain tensor on a CPU (subclasses, tracing, transforms, dispatch modes) goes to torch, as does
 autocast to a dtype that the CPU multiplies.
@@ -18,12 +19,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import _C
 from ..arguments import DTYPES
+from ..ops.linear import linear_few_rows
 from ..ops.recording import call, needs_function
 from .residual_norm import is_plain
 
 _residual_norm = torch.ops.tformer_ext._residual_norm_forward.default
 _PLAIN = (torch.Tensor, nn.Parameter)
-_LEAST_MULTIPLY_ADDS = 1 << 19  # with fewer, all that follows would cost more than it saves
+_FEW_ROWS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_MULTIPLY_ADDS = 1 << 17  # with fewer, all that follows would cost more than it saves
+_MOST_FEW_ROWS = 8  # with more, arithmetic begins to show beside reading the weights
+_LEAST_WIDENED_ROWS = 16  # fewer do not pay for widening the weight
 _MOST_WIDENED = 1 << 22  # elements of an operand that are in float32 at a time
 
 _ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "gelu": nn.functional.gelu}
@@ -39,6 +44,8 @@ def linear(x, weight, bias, activation="none"):
         dtype = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
             return linear(*(None if t is None else t.to(dtype) for t in (x, weight, bias)), activation)
+    if _is_few_rows(x, weight, bias):
+        return _ACTIVATIONS[activation](linear_few_rows(x.contiguous(), weight, bias))
     if not _is_taken(x, weight, bias):
         return _ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     if not needs_function(x, weight, bias):
@@ -55,8 +62,8 @@ class Linear(nn.Linear):
     """torch.nn.Linear: same constructor, parameters, initial weights and forward, in any dtype and on any device.
 
     On x86-64 CPUs that do not multiply a 16-bit dtype its products of 16 rows or more are made in float32 and rounded
-    once, as torch's are; there too under torch.autocast to that dtype. Float32 products are oneDNN's on AMD's CPUs. All
-    else is torch's own.
+    once, as torch's are; there too under torch.autocast to that dtype. Float32 products are oneDNN's on AMD's CPUs.
+    Up to 8 rows, where no gradient is wanted, are multiplied by a kernel of its own. All else is torch's.
 
     input: (..., in_features); returns (..., out_features) of the same dtype, or autocast's.
     """
@@ -110,8 +117,20 @@ def _is_autocast_to_widened(x, weight, bias):
 
 
 def _pays_widening(x, weight):
-    """Few rows do not pay for widening the weight."""
-    return x.numel() * len(weight) >= 1 << 22 and x.numel() >= 16 * x.shape[-1]
+    return x.numel() * len(weight) >= 1 << 22 and x.numel() >= _LEAST_WIDENED_ROWS * x.shape[-1]
+
+
+def _is_few_rows(x, weight, bias):
+    """Whether `linear_few_rows` takes these, of which x is a plain tensor, and nothing is recorded."""
+    rows = _MOST_FEW_ROWS if x.dtype not in _widened_dtypes() else _LEAST_WIDENED_ROWS - 1
+    return (
+        0 < x.numel() <= rows * x.shape[-1]
+        and x.dtype in _FEW_ROWS_DTYPES
+        and _are_alike(x, weight, bias)
+        and 1 in weight.stride()
+        and (bias is None or bias.is_contiguous())
+        and not needs_function(x, weight, bias)
+    )
 
 
 def _is_taken(x, weight, bias):
@@ -125,6 +144,11 @@ def _is_taken(x, weight, bias):
         or not torch._C._get_mkldnn_enabled()
     ):
         return False
+    return _are_alike(x, weight, bias)
+
+
+def _are_alike(x, weight, bias):
+    """Whether weight and bias are plain tensors too and fit x, outside autocast."""
     return (
         _is_plain_tensor(weight)
         and x.dtype == weight.dtype

@@ -7,6 +7,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "ceilings.h"
+#include "linear_few_rows.h"
 #include "residual_norm.h"
 
 #ifdef TFORMER_EXTENDS
@@ -27,7 +28,7 @@ constexpr bool kExtends = false;
 #endif
 
 // Whether this ISA has attention of its own in products of the kind P, residual norms of its own for T: an extending
-// ISA adds products of bf16, and with the first such, narrowing to it.
+// ISA adds products of bf16, and with the first such, narrowing to it. What holds for norms holds for linear.
 template <class P>
 constexpr bool kHasAttention = !kExtends || !std::is_same_v<P, Wide<typename P::Real>>;
 template <class T>
@@ -139,6 +140,19 @@ size_t norm_scratch(const NormParams& p) {
       [&](auto x, auto r) { return ResidualNorm<decltype(x), decltype(r)>(p, Scratch(nullptr)).bytes; }, p);
 }
 
+void linear_few_rows(const LinearParams& p, int64_t begin, int64_t end) {
+  for_dtype(p.dtype, [&](auto x) {
+    using T = decltype(x);
+    if constexpr (sizeof(T) == 8) {
+      __builtin_trap();  // the host lets no double come here
+    } else if constexpr (kHasNorms<T>) {
+      LinearFewRows<T>(p).run(begin, end);
+    } else {
+      kExtended->linear_few_rows(p, begin, end);
+    }
+  });
+}
+
 double fma_operations_of(DType dtype, int64_t rounds) {
   return for_dtype(dtype, [&](auto x) { return fma_operations<decltype(x)>(rounds); });
 }
@@ -166,6 +180,7 @@ const CpuKernels kernels = {TFORMER_NAME(TFORMER_ISA),
                             norm_backward,
                             norm_sum,
                             norm_scratch,
+                            linear_few_rows,
                             fma_operations_of,
                             exp_operations_of};
 
