@@ -146,6 +146,10 @@ struct LinearParams {
   int64_t weight_stride[2];  // one of them 1: torch's Linear has rows along K, GPT-2's Conv1D along N
   const void* bias;          // (N), or null
   void* y;                   // (M, N), contiguous
+
+  // Of weights with rows along N: these are cut into parts of so many, each with sums of its own, added up in the end.
+  int64_t part_rows;
+  float* parts;  // (parts, M, N)
 };
 
 }  // namespace tformer

@@ -150,7 +150,7 @@ def lying_along(dim, weight):
 @pytest.mark.parametrize("along", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_few_rows(isa, dtype, along, bias):
-    """Fewer than a vector, more columns than a task has, more sums than L1 has room for, odd everywhere."""
+    """Fewer than a vector, more columns than a task has, more sums than fit in L1, several parts, odd everywhere."""
     for M, K, N in [
         (1, 1, 1),
         (1, 5, 3),
@@ -160,6 +160,7 @@ def test_few_rows(isa, dtype, along, bias):
         (5, 99, 2100),
         (8, 100, 4500),
         (64, 41, 150),
+        (2, 1031, 1500),
     ]:
         tensors = [torch.randn(M, K), torch.randn(N, K) / K**0.5, torch.randn(N)][: 2 + bias]
         x, w, *b = tensors = [t.to(dtype) for t in tensors]

@@ -39,8 +39,8 @@ struct CpuKernels {
   void (*norm_sum)(DType, const void* partial, int64_t chunks, int64_t N, DType out_dtype, void* out);
   size_t (*norm_scratch)(const NormParams&);
 
-  // columns [begin, end) of y
-  void (*linear_few_rows)(const LinearParams&, int64_t begin, int64_t end);
+  // columns [begin, end) of y; of weights with rows along N those of one part
+  void (*linear_few_rows)(const LinearParams&, int64_t part, int64_t begin, int64_t end);
 
   // Do so many rounds of nothing but arithmetic and give the number of operations: see kernels/ceilings.h.
   double (*fma_operations)(DType, int64_t rounds);

@@ -8,13 +8,35 @@ namespace {
 
 constexpr int64_t kMostRows = 64;  // so many have room for their sums
 
-// Columns that a thread takes at a time. Of weights whose rows lie along K a few, since each column is a stretch of
-// memory of its own; of others as many as possible, since each row is. Which columns go together does not show in sums.
-int64_t columns_per_task(const LinearParams& p) {
-  constexpr int64_t kColumns = 32, kLeast = 256;
-  if (p.weight_stride[1] == 1) return kColumns;
-  const int64_t share = (p.N + thread_count() - 1) / thread_count();
-  return std::max(kLeast, (share + kColumns - 1) / kColumns * kColumns);
+// Each column of weights whose rows lie along K is a stretch of memory of its own: a task is a few of them.
+void along_K(const LinearParams& p, double bytes) {
+  constexpr int64_t kColumns = 32;
+  const CpuKernels& kernels = cpu_kernels();
+  parallel_tasks((p.N + kColumns - 1) / kColumns, bytes, Share::kNeighbours, [&](int64_t n, TaskTaker&) {
+    kernels.linear_few_rows(p, 0, n * kColumns, std::min((n + 1) * kColumns, p.N));
+  });
+}
+
+// Of others each row is, so a task is some rows: whole ones, where that makes enough tasks for all threads. How many
+// rows make a part is a function of sizes alone, since it shows in the sums: so many that all sums together are few
+// bytes beside the weights. Which columns go together does not show.
+void along_N(LinearParams& p, double bytes) {
+  constexpr int64_t kParts = 8, kPartBytes = 1 << 17, kBytesOverSums = 16, kUnit = 64, kLeastColumns = 256;
+  const int64_t weights = static_cast<int64_t>(bytes), sums = p.M * p.N * static_cast<int64_t>(sizeof(float));
+  const int64_t most = std::min({weights / kPartBytes, weights / (kBytesOverSums * sums), kParts});
+  const int64_t wanted = std::max<int64_t>(most, 1);
+  p.part_rows = ((p.K + wanted - 1) / wanted + 3) / 4 * 4;
+  const int64_t parts = (p.K + p.part_rows - 1) / p.part_rows;
+  const int64_t blocks = (2 * thread_count() + parts - 1) / parts;
+  const int64_t columns = std::max(((p.N + blocks - 1) / blocks + kUnit - 1) / kUnit * kUnit, kLeastColumns);
+  const int64_t across = (p.N + columns - 1) / columns;
+  p.parts = static_cast<float*>(ThreadScratch::get(static_cast<size_t>(parts * p.M * p.N) * sizeof(float)));
+  const CpuKernels& kernels = cpu_kernels();
+  parallel_tasks(parts * across, bytes, Share::kNeighbours, [&](int64_t n, TaskTaker&) {
+    const int64_t begin = n % across * columns;
+    kernels.linear_few_rows(p, n / across, begin, std::min(begin + columns, p.N));
+  });
+  kernels.norm_sum(DType::f32, p.parts, parts, p.M * p.N, p.dtype, p.y);
 }
 
 Tensor linear_few_rows(Tensor x, Tensor weight, OptionalTensor bias) {
@@ -43,11 +65,8 @@ Tensor linear_few_rows(Tensor x, Tensor weight, OptionalTensor bias) {
   if (p.M == 0 || p.N == 0) return y;
   check(p.K > 0 && p.M <= kMostRows, "x: expected 1 to ", kMostRows, " rows of at least one element");
 
-  const CpuKernels& kernels = cpu_kernels();
-  const int64_t step = columns_per_task(p);
   const double bytes = static_cast<double>(p.N) * static_cast<double>(p.K) * element_bytes(x.scalar_type());
-  parallel_tasks((p.N + step - 1) / step, bytes, Share::kNeighbours,
-                 [&](int64_t n, TaskTaker&) { kernels.linear_few_rows(p, n * step, std::min((n + 1) * step, p.N)); });
+  p.weight_stride[1] == 1 ? along_K(p, bytes) : along_N(p, bytes);
   return y;
 }
 

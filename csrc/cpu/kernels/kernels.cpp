@@ -140,15 +140,15 @@ size_t norm_scratch(const NormParams& p) {
       [&](auto x, auto r) { return ResidualNorm<decltype(x), decltype(r)>(p, Scratch(nullptr)).bytes; }, p);
 }
 
-void linear_few_rows(const LinearParams& p, int64_t begin, int64_t end) {
+void linear_few_rows(const LinearParams& p, int64_t part, int64_t begin, int64_t end) {
   for_dtype(p.dtype, [&](auto x) {
     using T = decltype(x);
     if constexpr (sizeof(T) == 8) {
       __builtin_trap();  // the host lets no double come here
     } else if constexpr (kHasNorms<T>) {
-      LinearFewRows<T>(p).run(begin, end);
+      LinearFewRows<T>(p).run(part, begin, end);
     } else {
-      kExtended->linear_few_rows(p, begin, end);
+      kExtended->linear_few_rows(p, part, begin, end);
     }
   });
 }

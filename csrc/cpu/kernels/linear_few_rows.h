@@ -32,8 +32,8 @@ struct LinearFewRows {
         bias(static_cast<const T*>(p.bias)),
         y(static_cast<T*>(p.y)) {}
 
-  // Columns [begin, end) of y.
-  void run(int64_t begin, int64_t end) const {
+  // Columns [begin, end) of y, or of the sums of a part.
+  void run(int64_t part, int64_t begin, int64_t end) const {
     if (p.weight_stride[1] == 1) {
       for (int64_t n = begin; n < end; n += kColumns) {
         for_rows([&](auto rows, int64_t m) TFORMER_LAMBDA { dot_products<rows>(m, n, end); });
@@ -41,7 +41,7 @@ struct LinearFewRows {
     } else {
       constexpr int64_t kAtATime = kSums / kStep * kStep;
       const int64_t most = kAtATime / p.M / kStep * kStep;
-      for (int64_t n = begin; n < end; n += most) weighted_rows(n, n + most < end ? n + most : end);
+      for (int64_t n = begin; n < end; n += most) weighted_rows(part, n, n + most < end ? n + most : end);
     }
   }
 
@@ -196,21 +196,23 @@ struct LinearFewRows {
     }
   }
 
-  // Weights whose rows lie along N: four of them at a time, times an element of x each, are added to sums in L1.
-  void weighted_rows(int64_t begin, int64_t end) const {
+  // Weights whose rows lie along N: four rows of a part at a time, times an element of x each, are added to sums in L1.
+  // Those of the first part take the bias along.
+  void weighted_rows(int64_t part, int64_t begin, int64_t end) const {
     constexpr int kTogether = 4;
     alignas(64) float sums[kSums + kStep];
     const int64_t width = end - begin, padded = (width + kStep - 1) / kStep * kStep;
     for (int64_t n = 0; n < p.M * padded; ++n) sums[n] = 0;
-    int64_t k = 0;
-    for (; k + kTogether <= p.K; k += kTogether) {
+    int64_t k = part * p.part_rows;
+    const int64_t k_end = k + p.part_rows < p.K ? k + p.part_rows : p.K;
+    for (; k + kTogether <= k_end; k += kTogether) {
       for_rows([&](auto rows, int64_t m) TFORMER_LAMBDA { add_rows<rows, kTogether>(m, k, begin, width, sums); });
     }
-    for (; k < p.K; ++k) {
+    for (; k < k_end; ++k) {
       for_rows([&](auto rows, int64_t m) TFORMER_LAMBDA { add_rows<rows, 1>(m, k, begin, width, sums); });
     }
     for (int64_t m = 0; m < p.M; ++m) {
-      float* row = sums + m * padded;
+      float *row = sums + m * padded, *to = p.parts + (part * p.M + m) * p.N + begin;
       for (int64_t n = 0; n < width; n += kStep) {
         const int64_t count = width - n < kStep ? width - n : kStep;
         F v[kVectors];
@@ -218,8 +220,8 @@ struct LinearFewRows {
         if constexpr (kPairs) merge_even_odd(v[0], v[1]);
         for (int i = 0; i < kVectors && i * L < count; ++i) {
           const int64_t whole = count - i * L < L ? count - i * L : L;
-          if (bias) v[i] += load_as<float>(bias + begin + n + i * L, whole);
-          store_as<float>(y + m * p.N + begin + n + i * L, v[i], whole);
+          if (bias && part == 0) v[i] += load_as<float>(bias + begin + n + i * L, whole);
+          whole == L ? store(to + n + i * L, v[i]) : store_as<float>(to + n + i * L, v[i], whole);
         }
       }
     }
