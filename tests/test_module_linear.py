@@ -218,6 +218,7 @@ def test_which_calls_have_few_rows(dtype, monkeypatch):
     with torch.no_grad():
         ours.linear(x[:1, :1].double(), module.weight.double(), None)
         ours.linear(x[:1, :1], torch.randn(600, 1400, dtype=dtype)[:, ::2], None)
+        ours.linear(x[:1, :1], module.weight, module.bias[::600].clone())  # broadcasts
     assert not seen
 
 

@@ -51,8 +51,7 @@ Tensor linear_few_rows(Tensor x, Tensor weight, OptionalTensor bias) {
   p.x = x.const_data_ptr(), p.x_stride = rows.stride;
   p.weight = weight.const_data_ptr();
   p.weight_stride[0] = weight.stride(0), p.weight_stride[1] = weight.stride(1);
-  if (p.K == 1) p.weight_stride[1] = 1;
-  check(p.weight_stride[0] == 1 || p.weight_stride[1] == 1 || p.N <= 1, "weight: expected a stride of 1");
+  check(p.weight_stride[0] == 1 || p.weight_stride[1] == 1, "weight: expected a stride of 1");
   if (bias.has_value()) {
     check(bias->dim() == 1 && bias->size(0) == p.N && bias->is_contiguous() && bias->scalar_type() == x.scalar_type(),
           "bias: expected a contiguous vector of N elements of the dtype of x");

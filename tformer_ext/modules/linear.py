@@ -63,7 +63,8 @@ class Linear(nn.Linear):
 
     On x86-64 CPUs that do not multiply a 16-bit dtype its products of 16 rows or more are made in float32 and rounded
     once, as torch's are; there too under torch.autocast to that dtype. Float32 products are oneDNN's on AMD's CPUs.
-    Up to 8 rows, where no gradient is wanted, are multiplied by a kernel of its own. All else is torch's.
+    Up to 8 rows, or 15 of such a 16-bit dtype, where no gradient is wanted, are multiplied by a kernel of its own. All
+    else is torch's.
 
     input: (..., in_features); returns (..., out_features) of the same dtype, or autocast's.
     """
@@ -127,8 +128,9 @@ def _is_few_rows(x, weight, bias):
         0 < x.numel() <= rows * x.shape[-1]
         and x.dtype in _FEW_ROWS_DTYPES
         and _are_alike(x, weight, bias)
+        and weight.dim() == 2
         and 1 in weight.stride()
-        and (bias is None or bias.is_contiguous())
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not needs_function(x, weight, bias)
     )
 

@@ -39,8 +39,7 @@ struct LinearFewRows {
         for_rows([&](auto rows, int64_t m) TFORMER_LAMBDA { dot_products<rows>(m, n, end); });
       }
     } else {
-      constexpr int64_t kAtATime = kSums / kStep * kStep;
-      const int64_t most = kAtATime / p.M / kStep * kStep;
+      const int64_t most = kSums / p.M / kStep * kStep;
       for (int64_t n = begin; n < end; n += most) weighted_rows(part, n, n + most < end ? n + most : end);
     }
   }
@@ -49,11 +48,7 @@ struct LinearFewRows {
   static constexpr int kSums = 4096;  // floats: half of an L1 of 32 KB, the other half is for weights
 
   // Elements as they enter products.
-#if TFORMER_HAS_BF16_PRODUCTS
-  static constexpr bool kMultipliesPairs = kPairs;
-#else
-  static constexpr bool kMultipliesPairs = false;
-#endif
+  static constexpr bool kMultipliesPairs = kPairs && TFORMER_HAS_BF16_PRODUCTS;
   struct Widened {
     F v[kVectors];
   };
@@ -77,13 +72,9 @@ struct LinearFewRows {
     }
   }
   static TFORMER_INLINE void multiply_add(const Operand& a, const Operand& b, F& sum) {
-#if TFORMER_HAS_BF16_PRODUCTS
     if constexpr (kMultipliesPairs) {
       sum = multiply_add_pairs(a, b, sum);
-      return;
-    } else
-#endif
-    {
+    } else {
       for (int v = 0; v < kVectors; ++v) sum += a.v[v] * b.v[v];
     }
   }
@@ -200,7 +191,7 @@ struct LinearFewRows {
   // Those of the first part take the bias along.
   void weighted_rows(int64_t part, int64_t begin, int64_t end) const {
     constexpr int kTogether = 4;
-    alignas(64) float sums[kSums + kStep];
+    alignas(64) float sums[kSums];
     const int64_t width = end - begin, padded = (width + kStep - 1) / kStep * kStep;
     for (int64_t n = 0; n < p.M * padded; ++n) sums[n] = 0;
     int64_t k = part * p.part_rows;
