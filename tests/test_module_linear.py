@@ -1,5 +1,7 @@
 """The modules' linear layers and dropout against torch's, where oneDNN and the counters take over and where not."""
 
+import time
+
 import pytest
 import torch
 from tolerances import assert_close, assert_gradient_close, farther, finite_where_expected
@@ -92,6 +94,46 @@ def test_rows_need_not_be_contiguous(route):
     ours.linear(a, w, None).backward(grad)
     F.linear(b, w).backward(grad)
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, features, out", [(5000, 40, 530), (300, 400, 130), (130, 400, 300)])
+@pytest.mark.parametrize("layout", ["rows", "transposed", "part of rows", "every other column"])
+def test_gradients_of_weights_in_any_layout(rows, features, out, layout, route):
+    wide, tall = torch.randn(out, 2 * features) / features**0.5, torch.randn(features, out) / features**0.5
+    w = {"rows": wide[:, :features].clone(), "transposed": tall.t(), "part of rows": wide[:, :features]}.get(
+        layout, wide[:, ::2]
+    )
+    x, grad = torch.randn(rows, 2 * features)[:, :features], torch.randn(rows, out)
+
+    def run(function, dtype):
+        # the same strides in each dtype; leaves of their own, to which to() would not be a view
+        leaves = [torch.empty_strided(t.shape, t.stride(), dtype=dtype).copy_(t).requires_grad_() for t in (x, w)]
+        y = function(*leaves, None)
+        return y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))
+
+    actual, golden, torchs = run(ours.linear, torch.float32), run(F.linear, torch.float64), run(F.linear, torch.float32)
+    other = running_sums(lambda y: y, grad, x, w)
+    for name, a, g, *yardsticks in zip(("y", "x", "weight"), actual, golden, torchs, other, strict=True):
+        assert_gradient_close(a, g, farther(yardsticks, g), name)
+    if layout in ("rows", "transposed"):  # so that it is kept as it is where gradients are accumulated
+        assert actual[2].stride() == w.stride()
+
+
+def test_a_weight_that_is_part_of_another_costs_a_copy_only():
+    """oneDNN multiplies by strides that it does not know several hundred times as slowly."""
+    x, w = torch.randn(128, 768), torch.randn(768, 2304)[:, :768]
+
+    def seconds(weight):
+        def once():
+            start = time.perf_counter()
+            ours._product(x, weight, None)
+            return time.perf_counter() - start
+
+        return min(once() for _ in range(5))
+
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    assert seconds(w) < 50 * seconds(w.contiguous())
 
 
 def test_operands_are_widened_in_pieces(monkeypatch):

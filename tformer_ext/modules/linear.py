@@ -30,6 +30,8 @@ _LEAST_MULTIPLY_ADDS = 1 << 17  # with fewer, all that follows would cost more t
 _MOST_FEW_ROWS = 8  # with more, arithmetic begins to show beside reading the weights
 _LEAST_WIDENED_ROWS = 16  # fewer do not pay for widening the weight
 _MOST_WIDENED = 1 << 22  # elements of an operand that are in float32 at a time
+_LEAST_TRANSPOSED = 256
+_MOST_TRANSPOSED = 1 << 20  # elements of a gradient whose part of a weight's is transposed at a time
 
 _ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "gelu": nn.functional.gelu}
 
@@ -88,7 +90,28 @@ def _product(x, weight, bias, activation="none"):
     """activation(x weightT + bias), not recorded; activation as in `linear`."""
     if x.dtype in _widened_dtypes():
         return _ACTIVATIONS[activation](_widened_product(x, weight, bias))
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # oneDNN would multiply by its slowest code, which takes hundreds of times as long
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "none")
+
+
+def _weight_gradient(grad, x, weight):
+    """gradT x: (O, I), in the memory order of weight, from rows of the gradient (M, O) and of x (M, I); not recorded.
+
+    oneDNN wants the rows of its first operand in one piece, so that operand is copied, and nothing else may be where
+    that is the gradient of a vocabulary: xT grad is made instead, in parts whose transposition stays in cache.
+    """
+    rows, columns = grad.shape
+    if weight.t().is_contiguous():
+        return _product(x.t(), grad.t(), None).t()
+    if x.dtype in _widened_dtypes() or columns <= x.shape[1] or rows <= x.shape[1]:
+        return _product(grad.t(), x.t(), None)
+    transposed = x.t().contiguous()
+    result = torch.empty_like(weight)
+    step = max(_LEAST_TRANSPOSED, _MOST_TRANSPOSED // rows)
+    for n in range(0, columns, step):
+        result[n : n + step] = _product(transposed, grad[:, n : n + step].contiguous().t(), None).t()
+    return result
 
 
 def _widened_product(x, weight, bias):
@@ -214,9 +237,7 @@ class _Linear(torch.autograd.Function):
         if wants_x:
             grad_x = grad @ weight if torch.is_grad_enabled() else _product(grad, weight.t(), None)
         if wants_weight:
-            # oneDNN wants the rows of its first operand in one piece: worth it where that copy is the smaller one
-            pays = x.dtype in _widened_dtypes() or grad.shape[1] <= x.shape[1]
-            grad_weight = _product(grad.t(), x.t(), None) if pays and not torch.is_grad_enabled() else grad.t() @ x
+            grad_weight = grad.t() @ x if torch.is_grad_enabled() else _weight_gradient(grad, x, weight)
         return grad_x, grad_weight, grad.sum(0) if wants_bias else None, None
 
 
