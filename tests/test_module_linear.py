@@ -336,6 +336,10 @@ def test_what_is_no_plain_call_goes_to_torch(monkeypatch):
         assert not ours._is_taken(x.half(), w.half(), None)
     traced = torch.jit.trace(ours.Linear(256, 256).half(), x.half(), check_trace=False)
     assert [node.kind() for node in traced.graph.nodes()][-1] == "aten::linear" and len(traced(x[:99].half())) == 99
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        y = torch.autograd.forward_ad.unpack_dual(ours.linear(dual, w, None))
+        assert torch.equal(y.tangent, y.primal)
     assert "_product" not in str(torch.fx.symbolic_trace(ours.Linear(256, 256)).graph)
     mapped = torch.func.vmap(lambda t: ours.linear(t, w, None))(x.view(2, 128, 256))
     torch.testing.assert_close(mapped.view(256, 256), F.linear(x, w))
@@ -368,10 +372,10 @@ def test_dropout(dtype, with_residual):
 
 
 def test_dropout_where_torchs_is_used():
-    x, dropout = torch.ones(20, 30), nn.Dropout(0.5)
+    x, dropout = torch.ones(200, 300), nn.Dropout(0.5)
     seen = []
     dropout.register_forward_hook(lambda m, args, out: seen.append(out))
     assert ours.add_dropout(x, dropout) is seen[0]
-    y = ours.add_dropout(x.t(), nn.Dropout(0.5), torch.ones(30, 20))
+    y = ours.add_dropout(x.t(), nn.Dropout(0.5), torch.ones(300, 200))
     assert set(y.unique().tolist()) == {1.0, 3.0}
     assert set(ours.add_dropout(x.half(), nn.Dropout(0.5), x).unique().tolist()) == {1.0, 3.0}

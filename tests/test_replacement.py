@@ -26,6 +26,7 @@ class Model(nn.Module):
         self.layer_norm = nn.LayerNorm(16, bias=False)
         self.rms_norm = nn.RMSNorm((5, 16))
         self.group_norm = nn.GroupNorm(2, 16)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(16, 20, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -33,7 +34,7 @@ class Model(nn.Module):
         x = self.encoder(self.embedding(ids), src_key_padding_mask=padding)
         x = self.decoder(self.embedding(ids), x, memory_key_padding_mask=padding)
         x = x + self.attention(x, x, x, need_weights=False)[0]
-        return self.head(self.rms_norm(self.layer_norm(x)))
+        return self.head(self.dropout(self.rms_norm(self.layer_norm(x))))
 
 
 IDS = torch.arange(10).view(2, 5)
@@ -51,6 +52,9 @@ CLASSES = {
     "layer_norm": tx.ResidualLayerNorm,
     "rms_norm": tx.ResidualRMSNorm,
     "encoder.layers.0.linear1": tx.Linear,
+    "encoder.layers.0.dropout": tx.Dropout,
+    "decoder.layers.1.dropout3": tx.Dropout,
+    "dropout": tx.Dropout,
     "head": tx.Linear,
 }
 
@@ -212,14 +216,17 @@ def test_what_is_left_and_why():
     class OwnLinear(nn.Linear):
         pass
 
+    class OwnDropout(nn.Dropout):
+        pass
+
     model = nn.ModuleDict({"own": OwnNorm(4), "fancy": FancyRMSNorm(), "set": nn.LayerNorm(4), "relu": nn.ReLU()})
-    model["linear"] = OwnLinear(4, 4)
+    model["linear"], model["dropout"] = OwnLinear(4, 4), OwnDropout()
     model["set"].forward = lambda x: x
     report = tx.replace_modules(model)
     assert not report.swapped
     why = {row.name: row.why for row in report.left}
     assert "subclass of torch.nn.LayerNorm" in why["own"] and "forward was set" in why["set"]
-    assert "subclass of torch.nn.Linear" in why["linear"]
+    assert "subclass of torch.nn.Linear" in why["linear"] and "subclass of torch.nn.Dropout" in why["dropout"]
     assert "no fused form" in why["fancy"] and "relu" not in why
 
 

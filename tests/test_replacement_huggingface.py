@@ -13,6 +13,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers", minversion="5")
 
 from hf_models import CLIP, DECODERS, ENCODERS, GIT, GROUPED, SEQ2SEQS, VISION, build, first_output, tokens  # noqa: E402
+from tolerances import assert_close, assert_gradient_close  # noqa: E402
 
 import tformer_ext as tx  # noqa: E402
 from tformer_ext import functional as F  # noqa: E402
@@ -220,6 +221,45 @@ def test_dropout(name):
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
+def test_dropout_draws_nothing_one_after_the_other():
+    """GPT-2 in training; the forward's operators as torch's profiler sees them."""
+    model, batch = stock("GPT2").train(), tokens(None, length=60)
+
+    def operators():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            first_output(model(**batch)).sum().backward()
+        return {event.key for event in profiler.key_averages()}
+
+    drawn = {"aten::bernoulli_", "aten::native_dropout", "aten::dropout"}
+    assert drawn & operators()
+    report = tx.replace_modules(model)
+    assert ("torch Dropout", "tformer_ext Dropout") in {(row.was, row.now) for row in report.swapped}
+    found = operators()
+    assert not drawn & found and {"aten::gelu", "tformer_ext::_residual_norm_forward"} <= found
+    tx.restore_modules(model)
+    assert all(type(m) is nn.Dropout for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+@pytest.mark.parametrize("name, times", [("Bert", 4), ("GPTNeoX in series", 2), ("Bart", 10)])
+def test_dropout_stays_within_the_block(name, times, monkeypatch):
+    """The norm that follows the sum draws, whether the modules that hold the probability were replaced or not."""
+    probabilities, function = [], F.residual_layer_norm
+
+    def watched(x, residual=None, *args, dropout_p=0.0, **kwargs):
+        probabilities.append(dropout_p)
+        return function(x, residual, *args, dropout_p=dropout_p, **kwargs)
+
+    monkeypatch.setattr(F, "residual_layer_norm", watched)
+    options = {"hidden_dropout": 0.1} if "NeoX" in name else {}
+    for replaced in (nn.Dropout, tx.Dropout):
+        model, batch = stock(name, **options).train(), tokens(None)
+        tx.replace_modules(model, lambda m, _, kept=replaced: kept is tx.Dropout or not isinstance(m, nn.Dropout))
+        assert {type(m) for m in model.modules() if isinstance(m, nn.Dropout)} <= {replaced}
+        del probabilities[:]
+        model(**batch, **({"decoder_input_ids": batch["input_ids"]} if name in SEQ2SEQS else {}))
+        assert [p for p in probabilities if p] == [0.1] * times
+
+
 def test_dropout_of_a_block_has_its_distribution():
     """Of dense's ones a share p is dropped and the others grow: the mean and the two levels that the norm makes."""
     config = transformers.BertConfig(hidden_size=64, hidden_dropout_prob=0.25)
@@ -258,6 +298,37 @@ def test_transposed_linear(dtype, monkeypatch):
     assert type(pickle.loads(pickle.dumps(model))[0]) is type(model[0])
     tx.restore_modules(model)
     assert type(model[0]) is transformers.pytorch_utils.Conv1D
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["NewGELUActivation", "FastGELUActivation"])
+def test_gelu(name, dtype):
+    """As near to float64 as the stock class is, and by one operation, which keeps its input alone."""
+    kind = getattr(transformers.activations, name)
+    model = nn.Sequential(kind())
+    given = torch.cat([torch.randn(4000) * 3, torch.tensor([0.0, -0.0, 40.0, -40.0, 1e4, -1e4])]).to(dtype)
+    cotangent = torch.randn(given.shape).to(dtype)
+
+    def run(function, dtype):
+        x = given.to(dtype, copy=True).requires_grad_()
+        y = function(x)
+        return y, *torch.autograd.grad(y, x, cotangent.to(dtype))
+
+    stock, golden = run(model, dtype), run(model, torch.float64)
+    report = tx.replace_modules(model)
+    assert [(row.was, row.now) for row in report.swapped] == [(f"transformers {name}", f"tformer_ext {name}")]
+    actual = run(model, dtype)
+    assert actual[0].dtype == dtype
+    assert_close(actual[0], golden[0], stock[0])
+    assert_gradient_close(actual[1], golden[1], stock[1])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(given.requires_grad_())
+    assert len(kept) == 1
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert all(type(twin[0]) is type(model[0]) for twin in copies)
+    tx.restore_modules(model)
+    assert type(model[0]) is kind and torch.equal(model(given), stock[0])
 
 
 def test_what_has_nothing_to_fuse_says_why():

@@ -23,6 +23,7 @@ _OF_TORCH = {
     nn.TransformerDecoder: (ours.TransformerDecoder, {}),
     nn.Transformer: (ours.Transformer, {}),
     nn.Linear: (ours.Linear, {}),
+    nn.Dropout: (ours.Dropout, {}),
     nn.LayerNorm: (ours.ResidualLayerNorm, _RESIDUAL_OPTIONS),
     nn.RMSNorm: (ours.ResidualRMSNorm, _RESIDUAL_OPTIONS),
 }
@@ -91,9 +92,10 @@ class _Undo:
 def replace_modules(model, filter_fn=None):
     """Puts the fused modules in the place of all modules of a model that have one. Returns a Report.
 
-    Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, LayerNorm and RMSNorm, the exact
-    classes only, and in transformers' models the attention (attn_implementation becomes "tformer_ext"), RMSNorms, and
-    the residual blocks of BERT, GPT and Llama and their relatives, and Conv1D (tformer_ext.huggingface.blocks).
+    Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, Dropout, LayerNorm and RMSNorm, the
+    exact classes only, and in transformers' models the attention (attn_implementation becomes "tformer_ext"), RMSNorms,
+    the residual blocks of BERT, GPT and Llama and their relatives, and Conv1D and the GELU of GPT-2
+    (tformer_ext.huggingface.blocks).
 
     Works in place: the objects, their parameters, buffers, hooks and flags stay the same, so that optimizers,
     state_dicts and tied weights stay valid. A second call finds nothing more to do. restore_modules undoes all of it.

@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.parallel import SequenceParallel as _SequenceParallel
 
-from ..modules import MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
+from ..modules import Dropout, MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
 from ..modules.linear import linear
 from .seeds import numbered_seed
 
@@ -146,7 +146,7 @@ class ShardedDropout(ParallelStyle):
     """
 
     def _apply(self, module, device_mesh):
-        if type(module) is not nn.Dropout:
+        if type(module) not in (nn.Dropout, Dropout):
             raise TypeError(f"ShardedDropout: expected a torch.nn.Dropout, got {type(module).__name__}")
         module.number, module.__class__ = device_mesh.get_local_rank(), _ShardedDropout
         return module

@@ -1,4 +1,4 @@
-"""Norms, residual blocks and linear layers of transformers' models on the fused operations.
+"""Norms, residual blocks, linear layers and activations of transformers' models on the fused operations.
 
 Each is a subclass that has nothing but a forward: an object of the stock class becomes one by its __class__ alone, so
 that parameters, hooks and flags stay what and where they are. It keeps the stock class's name, by which transformers
@@ -12,8 +12,8 @@ import torch
 
 from .. import functional as F
 from ..modules import residual_norm
-from ..modules.linear import linear
-from ..modules.residual_norm import is_plain
+from ..modules.linear import Dropout, drop, linear
+from ..modules.plain import is_plain
 
 
 class RMSNorm:
@@ -74,6 +74,16 @@ class TransposedLinear:
 
     def forward(self, x):
         return linear(x, self.weight.t(), self.bias)
+
+
+class TanhGELU:
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), GPT-2's, which the stock classes take in eight operations.
+
+    FastGELUActivation has ten digits of sqrt(2 / pi), which shows in float64 only.
+    """
+
+    def forward(self, input):
+        return torch.nn.functional.gelu(input, approximate="tanh")
 
 
 class Block:
@@ -166,7 +176,8 @@ class BartEncoder(Block):
         return x
 
     def feed_forward(self, x):
-        y = torch.nn.functional.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training)
+        y = self.activation_fn(self.fc1(x))
+        y = drop(y, self.activation_dropout) if self.training else y
         return add_norm(self.fc2(y), _dropout(self), x, self.final_layer_norm)
 
 
@@ -203,12 +214,13 @@ class ViTPreNorm(Block):
 
 def _dropout(layer):
     """For layers that hold the probability only."""
-    return torch.nn.Dropout(layer.dropout).train(layer.training)
+    return Dropout(layer.dropout).train(layer.training)
 
 
 # form -> "folder.Class ..." of transformers.models, or of a module beside it
 FORMS = {
     TransposedLinear: "pytorch_utils.Conv1D",
+    TanhGELU: "activations.NewGELUActivation activations.FastGELUActivation activations.AccurateGELUActivation",
     PostNormOutput: """
         bert.BertSelfOutput bert.BertOutput roberta.RobertaSelfOutput roberta.RobertaOutput
         xlm_roberta.XLMRobertaSelfOutput xlm_roberta.XLMRobertaOutput camembert.CamembertSelfOutput
@@ -259,7 +271,7 @@ def fused_class(stock):
 
 def _module_of(folder):
     """The name of the one that has its classes."""
-    beside = folder == "pytorch_utils"
+    beside = folder in ("activations", "pytorch_utils")
     return f"transformers.{folder}" if beside else f"transformers.models.{folder}.modeling_{folder}"
 
 

@@ -1,7 +1,7 @@
 """Drop-ins for torch.nn's modules: same constructors, parameters and results."""
 
 from .cache import KeyValueCache
-from .linear import Linear
+from .linear import Dropout, Linear
 from .multihead_attention import MultiheadAttention
 from .positions import RotaryEmbedding
 from .residual_norm import ResidualLayerNorm, ResidualRMSNorm
@@ -9,6 +9,7 @@ from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "Dropout",
     "KeyValueCache",
     "Linear",
     "MultiheadAttention",

@@ -6,11 +6,12 @@ multiply a 16-bit dtype, torch's products of it took 3 to 5 times as long as flo
 operands are widened, which is exact, and the float32 sums rounded once, as torch rounds its own. A few rows, which is
 what a model that generates multiplies, go to a kernel that reads the weights as fast as memory gives them.
 Dropout: torch draws its random numbers one after the other; those of the residual norm come from counters, in vectors.
-Everything that is no plain tensor on a CPU (subclasses, tracing, transforms, dispatch modes) goes to torch, as does
-autocast to a dtype that the CPU multiplies.
+Everything that is no plain tensor on a CPU (subclasses, tracing, transforms, derivatives in forward mode, dispatch
+modes) goes to torch, as does autocast to a dtype that the CPU multiplies.
 """
 
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import _C
 from ..arguments import DTYPES
 from ..ops.linear import linear_few_rows
-from ..ops.recording import call, needs_function
-from .residual_norm import is_plain
+from ..ops.recording import call, call_backward, is_plain_cpu_tensor, needs_function
+from .plain import is_plain
 
 _residual_norm = torch.ops.tformer_ext._residual_norm_forward.default
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -33,6 +34,12 @@ _MOST_WIDENED = 1 << 22  # elements of an operand that are in float32 at a time
 _LEAST_TRANSPOSED = 256
 _MOST_TRANSPOSED = 1 << 20  # elements of a gradient whose part of a weight's is transposed at a time
 
+_LEAST_DRAWN = 5000  # elements: with fewer, drawing a seed and calling the kernel take longer than torch's draws
+_COLUMNS_OF_COUNTERS = 64  # served by the counters that are drawn at once, also in rows that are shorter
+_LEAST_COLUMNS = 32  # shorter rows would waste most of those
+_MOST_COLUMNS = 1 << 14  # of a row, of which each thread keeps several in working memory
+_COMMON_COLUMNS = 1 << 10  # the widest row that x is cut into
+
 _ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "gelu": nn.functional.gelu}
 
 
@@ -40,7 +47,12 @@ def linear(x, weight, bias, activation="none"):
     """activation(torch.nn.functional.linear(x, weight, bias)); activation "none", "relu" or (exact) "gelu"."""
     # not traced: what is asked about sizes, and follows from them, would be fixed in the graph or become its guards
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or type(x) not in _PLAIN or x.numel() * weight.shape[0] < _LEAST_MULTIPLY_ADDS or not _is_plain_tensor(x):
+    if (
+        traced
+        or type(x) not in _PLAIN
+        or x.numel() * weight.shape[0] < _LEAST_MULTIPLY_ADDS
+        or not is_plain_cpu_tensor(x)
+    ):
         return _ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     if _is_autocast_to_widened(x, weight, bias):
         dtype = torch.get_autocast_dtype("cpu")
@@ -136,7 +148,7 @@ def _is_autocast_to_widened(x, weight, bias):
         return False
     operands = [t for t in (x, weight, bias) if t is not None]
     return _pays_widening(x, weight) and all(
-        _is_plain_tensor(t) and t.dtype in DTYPES and t.dtype != torch.float64 for t in operands
+        is_plain_cpu_tensor(t) and t.dtype in DTYPES and t.dtype != torch.float64 for t in operands
     )
 
 
@@ -175,20 +187,11 @@ def _is_taken(x, weight, bias):
 def _are_alike(x, weight, bias):
     """Whether weight and bias are plain tensors too and fit x, outside autocast."""
     return (
-        _is_plain_tensor(weight)
+        is_plain_cpu_tensor(weight)
         and x.dtype == weight.dtype
-        and (bias is None or (bias.dtype == x.dtype and _is_plain_tensor(bias)))
+        and (bias is None or (bias.dtype == x.dtype and is_plain_cpu_tensor(bias)))
         and x.shape[-1] == weight.shape[-1]
         and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _is_plain_tensor(t):
-    return (
-        type(t) in _PLAIN
-        and t.device.type == "cpu"
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
@@ -243,17 +246,69 @@ class _Linear(torch.autograd.Function):
 
 def add_dropout(x, dropout, residual=None):
     """residual + dropout(x); dropout may be any module or None, residual None."""
-    if dropout is None or not is_plain(dropout, nn.Dropout):
-        x = x if dropout is None else dropout(x)
+    if dropout is not None:
+        if not is_plain_dropout(dropout):
+            x = dropout(x)
+        elif dropout.training:
+            return drop(x, dropout.p, residual)
+    return x if residual is None else residual + x
+
+
+def drop(x, p, residual=None):
+    """residual + torch.nn.functional.dropout(x, p); residual may be None."""
+    columns = _columns_to_draw(x, residual) if 0 < p <= 1 else 0
+    if not columns:
+        x = nn.functional.dropout(x, p)
         return x if residual is None else residual + x
-    if not dropout.training or dropout.p == 0:
-        return x if residual is None else residual + x
-    plain = _is_plain_tensor(x) and x.dtype in DTYPES and x.is_contiguous() and not torch.compiler.is_compiling()
-    if not plain or not (residual is None or (residual.dtype == x.dtype and residual.is_contiguous())):
-        x = nn.functional.dropout(x, dropout.p)
-        return x if residual is None else residual + x
-    seed = torch.randint(0, 2**62, (), dtype=torch.int64)
-    return call(_AddDropout, x, residual, seed, dropout.p)
+    seed = torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu")
+    operands = x, residual
+    if columns != x.shape[-1]:  # not within the Function: what is a view there is not to be modified in place
+        operands = [None if t is None else t.view(-1, columns) for t in operands]
+    y = call(_AddDropout, *operands, seed, p) if needs_function(*operands) else _AddDropout.forward(*operands, seed, p)
+    return y if columns == x.shape[-1] else y.view(x.shape)
+
+
+class Dropout(nn.Dropout):
+    """torch.nn.Dropout: same constructor and forward, in any dtype and on any device.
+
+    On a CPU the mask of some thousand elements or more comes from counters, and backward keeps a seed instead of it.
+    Such calls drop other elements than torch's under the same seed, with the same probability, taken as a multiple of
+    2**-16. All else is torch's: small or strided inputs, rows that fit no counters, inplace=True.
+
+    input: any shape; returns the same shape and dtype.
+    """
+
+    def forward(self, input):
+        return super().forward(input) if self.inplace or not self.training else drop(input, self.p)
+
+
+def is_plain_dropout(module):
+    """Whether module does what torch.nn.Dropout does and nothing else."""
+    kind = type(module)
+    return kind in (nn.Dropout, Dropout) and is_plain(module, kind)
+
+
+def _columns_to_draw(x, residual):
+    """The width of the rows in which x is taken, 0 if that is for torch to drop.
+
+    That of x itself where it is not too short for the counters, or else a divisor of the number of all elements.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or type(x) not in _PLAIN or x.numel() < _LEAST_DRAWN or not is_plain_cpu_tensor(x):
+        return 0
+    if x.dtype not in DTYPES or not x.is_contiguous():
+        return 0
+    if residual is not None and not (
+        is_plain_cpu_tensor(residual)
+        and residual.dtype == x.dtype
+        and residual.shape == x.shape
+        and residual.is_contiguous()
+    ):
+        return 0
+    columns = x.shape[-1] if x.shape[-1] <= _MOST_COLUMNS else 0
+    if columns < _COLUMNS_OF_COUNTERS:
+        columns = max(columns, math.gcd(x.numel(), _COMMON_COLUMNS))
+    return columns if columns >= _LEAST_COLUMNS else 0
 
 
 class _AddDropout(torch.autograd.Function):
@@ -271,5 +326,6 @@ class _AddDropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (seed,) = ctx.saved_tensors
-        grad_x = _AddDropout.apply(grad.contiguous(), None, seed, ctx.dropout_p) if ctx.needs_input_grad[0] else None
-        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None
+        wants_x, wants_residual, *_ = ctx.needs_input_grad
+        grad_x = call_backward(_AddDropout, grad.contiguous(), None, seed, ctx.dropout_p) if wants_x else None
+        return grad_x, grad if wants_residual else None, None, None

@@ -2,9 +2,10 @@
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional as F
+from .linear import is_plain_dropout
+from .plain import is_plain
 
 
 class _Residual:
@@ -103,27 +104,16 @@ class ResidualRMSNorm(_Residual, nn.RMSNorm):
         return self._run(F.residual_rms_norm, x, residual, None, rms_eps(self.eps, x.dtype))
 
 
-def is_plain(module, kind):
-    """Whether a call of module does what `kind` does and nothing else: no subclass, no hook, no forward of its own."""
-    return (
-        type(module) is kind
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
-        and not _has_any_global_hook()
-    )
-
-
 def add_norm(x, dropout, residual, norm, keep=False):
     """norm(residual + dropout(x)); with keep also the sum.
 
-    One operation where norm is torch's LayerNorm or RMSNorm of the last dimension (or ours in its place) and dropout
-    torch's Dropout; any other module is called, so that hooks and replacements take effect. dropout and residual may
+    One operation where norm is torch's LayerNorm or RMSNorm of the last dimension and dropout torch's Dropout (or ours
+    in their place); any other module is called, so that hooks and replacements take effect. dropout and residual may
     be None.
     """
     dropout_p = 0.0
     if dropout is not None:
-        if is_plain(dropout, nn.Dropout):
+        if is_plain_dropout(dropout):
             dropout_p = dropout.p if dropout.training else 0.0
         else:
             x = dropout(x)

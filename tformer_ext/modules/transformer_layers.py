@@ -7,7 +7,8 @@ from torch.nn.modules.transformer import _get_activation_fn
 from .linear import add_dropout, call_linear, is_plain_linear, linear
 from .masks import check_type
 from .multihead_attention import MultiheadAttention
-from .residual_norm import add_norm, is_plain
+from .plain import is_plain
+from .residual_norm import add_norm
 
 NORMS = ("layer_norm", "rms_norm")
 

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from torch.autograd import forward_ad
 
 
 def is_dtensor(t):
@@ -18,6 +19,7 @@ is_grad_enabled = torch.is_grad_enabled
 _transform = torch._C._functorch.peek_interpreter_stack
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def require_grad(*tensors):
@@ -29,8 +31,8 @@ def require_grad(*tensors):
 
 
 def needs_function(*tensors):
-    """True if autograd records one of the tensors (or None), or a transform of torch.func is at work."""
-    return (is_grad_enabled() and require_grad(*tensors)) or _transform() is not None
+    """True if autograd records one of the tensors (or None), or a transform of torch.func or forward mode is on."""
+    return (is_grad_enabled() and require_grad(*tensors)) or _transform() is not None or forward_ad._current_level >= 0
 
 
 def is_eager():
@@ -40,7 +42,20 @@ def is_eager():
 
 def is_plain_call():
     """Whether tensors go to an operator as they are: eager, and without autocast."""
-    return not (_is_compiling() or _is_autocast()) and _transform() is None
+    return not (_is_compiling() or _is_autocast() or forward_ad._current_level >= 0) and _transform() is None
+
+
+def is_plain_cpu_tensor(t):
+    """Whether t lies on the CPU and nothing but an operator would see it: no subclass, tracing, transform, forward-mode
+    derivatives or dispatch mode."""
+    return (
+        type(t) in _PLAIN
+        and t.device.type == "cpu"
+        and is_eager()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+    )
 
 
 def by_short_way(op):
