@@ -35,11 +35,13 @@ HOST_SOURCES = [
     "csrc/schema.cpp",
     "csrc/module.cpp",
     "csrc/cpu/block_cache.cpp",
+    "csrc/cpu/cache_sizes.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/split.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/residual_norm.cpp",
     "csrc/cpu/linear.cpp",
+    "csrc/cpu/cross_entropy.cpp",
 ]
 KERNEL_SOURCES = ["csrc/cpu/kernels/kernels.cpp"]
 

@@ -152,4 +152,23 @@ struct LinearParams {
   float* parts;  // (parts, M, N)
 };
 
+// loss (M) of rows of logits x (M, N) whose right class is target (M).
+struct CrossEntropyParams {
+  int64_t M, N;
+  DType dtype;    // of x and its gradient
+  const void* x;  // (M, N)
+  int64_t x_stride;
+  const int64_t* target;   // (M): 0 to N - 1, or ignore_index
+  int64_t ignore_index;    // rows with it have loss and gradient 0
+  double label_smoothing;  // the part of the target that all classes share
+  void* loss;              // (M) float (double for f64)
+  void* highest;           // (M) likewise: the highest logit
+  void* sum;               // (M) likewise: that of exp(x - highest)
+
+  // Backward only; loss is then unused.
+  const void* grad_loss;  // (M) likewise
+  void* grad_x;           // (M, N), contiguous
+  bool around_cache;      // grad_x would not stay in the caches: write it past these
+};
+
 }  // namespace tformer

@@ -68,4 +68,16 @@ STABLE_TORCH_LIBRARY(TFORMER_NAMESPACE, m) {
   //   all of one dtype: float32, bfloat16 or float16; returns (..., N)
   //   Where AVX-512 multiplies bfloat16 itself it takes and gives 0 for subnormal numbers, here as in oneDNN.
   m.def("_linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+
+  // Cross entropy on the CPU: loss = (1 - s) (lse - input[target]) + s (lse - mean(input)) of each row, 0 where the
+  // target is ignore_index; s = label_smoothing, lse = log sum exp(input).
+  //   input (..., N): rows evenly spaced, last stride 1; target int64 (...) contiguous, 0 to N - 1 or ignore_index
+  //   loss, the highest logit and sum exp(input - highest): (...), float32, or float64 for float64
+  m.def(
+      "_cross_entropy_forward(Tensor input, Tensor target, int ignore_index, float label_smoothing) "
+      "-> (Tensor loss, Tensor highest, Tensor sum)");
+  // The gradient of input: grad_loss (softmax(input) - what the target asks for), contiguous.
+  m.def(
+      "_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor highest, Tensor sum, "
+      "int ignore_index, float label_smoothing) -> Tensor");
 }

@@ -20,6 +20,7 @@ from tformer_ext.bench import (
     attention,
     bars,
     ceilings,
+    cross_entropy,
     files,
     gpu,
     harness,
@@ -199,6 +200,14 @@ def test_contenders_of_linear_do_the_same_job(transposed, monkeypatch):
     assert not any(torch.allclose(first, y) for y in others)  # weights of its own each time
     for _ in range(5):
         torch.testing.assert_close(made[0].call(), made[1].call(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contenders_of_cross_entropy_do_the_same_job(dtype, direction):
+    made = cross_entropy.make_contenders(cross_entropy.Problem(70, 3000), dtype, direction)
+    assert [c.name for c in made] == [OURS, cross_entropy.STOCK, COPY] and not made[2].is_peer
+    contenders_agree(made[:2], 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("problem", models.PROBLEMS, ids=lambda p: f"{p}-{p.modes[-1]}")

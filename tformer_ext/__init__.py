@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 from . import functional, memory, modules, reference
 from .explain import explain, explain_calls
 from .modules import (
+    CrossEntropyLoss,
     Dropout,
     KeyValueCache,
     Linear,
@@ -33,6 +34,7 @@ from .replacement import replace_modules, restore_modules
 __version__ = _C.build_info()["version"]
 
 __all__ = [
+    "CrossEntropyLoss",
     "Dropout",
     "KeyValueCache",
     "Linear",

@@ -4,11 +4,13 @@ import torch
 
 from . import arguments as check
 from .ops import attention as _attention
+from .ops import cross_entropy as _loss
 from .ops import residual_norm as _norm
 
 __all__ = [
     "attention",
     "attention_varlen",
+    "cross_entropy",
     "residual_layer_norm",
     "residual_rms_norm",
     "scaled_dot_product_attention",
@@ -338,3 +340,41 @@ def _residual_norm(x, residual, weight, bias, rms, eps, dropout_p, seed, return_
     if dims > 1:
         y, total = y.view(shape), None if total is None else total.view(shape)
     return (y, total) if return_residual else y
+
+
+def cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    """torch.nn.functional.cross_entropy: its signature, results and errors.
+
+    On a CPU logits of many classes are read once in each direction, and of their softmax only one number a row is
+    kept; torch makes a whole one, widens 16-bit logits first if it is told to, and clears a gradient to scatter into.
+
+    Args:
+        input: logits, (M, N), float64, float32, bfloat16 or float16, rows contiguous.
+        target: (M,) int64, classes 0 to N - 1 or ignore_index.
+        ignore_index: rows with this target have loss and gradient 0 and do not count in the mean.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: the part of the target, 0 to 1, that all classes share.
+        weight, size_average, reduce: as in torch, which takes these calls, as it takes other shapes of input and
+            target, probabilities as target, few logits, other devices, and what torch.compile or torch.func traces.
+
+    Returns:
+        A scalar, or (M,) for "none", of input's dtype; float32 under autocast. Sums are float32 or wider inside.
+
+    Derivatives: first and second, the latter through the formula.
+    """
+    if weight is size_average is reduce is None:
+        loss = _loss.plain_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+        if loss is not None:
+            return loss if torch.is_autocast_enabled("cpu") else loss.to(input.dtype)
+    return torch.nn.functional.cross_entropy(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )

@@ -26,8 +26,10 @@ _OF_TORCH = {
     nn.Dropout: (ours.Dropout, {}),
     nn.LayerNorm: (ours.ResidualLayerNorm, _RESIDUAL_OPTIONS),
     nn.RMSNorm: (ours.ResidualRMSNorm, _RESIDUAL_OPTIONS),
+    nn.CrossEntropyLoss: (ours.CrossEntropyLoss, {}),
 }
 _UNDO = "_tformer_ext_undo"
+_LOSS = "_loss_function"  # of a model, if it is not the one that transformers has for its class
 
 # class of torch, by name so that nothing is imported for it -> (what such a model is, what to do instead)
 _WRAPPERS = {
@@ -73,13 +75,14 @@ class Report:
 
 @dataclass
 class _Undo:
-    """What a module was and has become: its classes, attributes added and changed, attention before by config."""
+    """What a module was and has become: classes, attributes added and changed, attention before by config, losses."""
 
     stock: type
     fused: type
     added: tuple[str, ...] = ()
     changed: dict = field(default_factory=dict)
     attention: list = field(default_factory=list)
+    loss: tuple | None = None
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -92,10 +95,10 @@ class _Undo:
 def replace_modules(model, filter_fn=None):
     """Puts the fused modules in the place of all modules of a model that have one. Returns a Report.
 
-    Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, Dropout, LayerNorm and RMSNorm, the
-    exact classes only, and in transformers' models the attention (attn_implementation becomes "tformer_ext"), RMSNorms,
-    the residual blocks of BERT, GPT and Llama and their relatives, and Conv1D and the GELU of GPT-2
-    (tformer_ext.huggingface.blocks).
+    Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, Dropout, LayerNorm, RMSNorm and
+    CrossEntropyLoss, the exact classes only, and in transformers' models the attention (attn_implementation becomes
+    "tformer_ext"), the loss_function of language models (tformer_ext.huggingface.losses), RMSNorms, the residual blocks
+    of BERT, GPT and Llama and their relatives, and Conv1D and the GELU of GPT-2 (tformer_ext.huggingface.blocks).
 
     Works in place: the objects, their parameters, buffers, hooks and flags stay the same, so that optimizers,
     state_dicts and tied weights stay valid. A second call finds nothing more to do. restore_modules undoes all of it.
@@ -112,7 +115,7 @@ def replace_modules(model, filter_fn=None):
     _check(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function of (module, name) or None, got {type(filter_fn).__name__}")
-    rows = _switch_attention(model, filter_fn)
+    rows = _switch_attention(model, filter_fn) + _switch_losses(model, filter_fn)
     for name, module in model.named_modules():
         row = _replace(module, name, filter_fn)
         if row is not None:
@@ -139,6 +142,9 @@ def restore_modules(model):
     for name, module, undo in replaced:
         if type(module) is not undo.stock:
             rows.append(Replacement(name, _class_name(type(module)), _class_name(undo.stock)))
+        if undo.loss is not None and module.__dict__.get(_LOSS) is undo.loss[1]:  # else it has got another one since
+            rows.append(_loss_row(name, *reversed(undo.loss)))
+            delattr(module, _LOSS)
         module.__class__ = undo.stock
         for attribute in (*undo.added, _UNDO):
             delattr(module, attribute)
@@ -277,6 +283,29 @@ def _switch(model, name, filter_fn):
     undo = _undo_of(model)
     undo.attention += [(c, old) for c, old in changed if not any(c is known for known, _ in undo.attention)]
     return [_changed_row(name, "attn_implementation", old, NAME) for _, old in changed]
+
+
+def _switch_losses(model, filter_fn):
+    """The losses of transformers' language models, which are functions; filter_fn is asked about the model."""
+    if "transformers" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    from .huggingface.losses import fused_loss
+
+    rows = []
+    for name, module in model.named_modules():
+        found = fused_loss(module) if isinstance(module, PreTrainedModel) else None
+        if found is None or (filter_fn is not None and not filter_fn(module, name)):
+            continue
+        _undo_of(module).loss = found
+        setattr(module, _LOSS, found[1])
+        rows.append(_loss_row(name, *found))
+    return rows
+
+
+def _loss_row(name, before, after):
+    return Replacement(name, f"loss_function={before.__name__}", f"loss_function={after.__name__}")
 
 
 def _configs(model):

@@ -18,6 +18,7 @@ struct AttentionTask;
 struct NextTask;
 struct NormParams;
 struct LinearParams;
+struct CrossEntropyParams;
 
 // Every *_scratch function gives the bytes that one thread's `scratch` must hold for these parameters.
 struct CpuKernels {
@@ -41,6 +42,9 @@ struct CpuKernels {
 
   // columns [begin, end) of y; of weights with rows along N those of one part
   void (*linear_few_rows)(const LinearParams&, int64_t part, int64_t begin, int64_t end);
+
+  void (*cross_entropy_forward)(const CrossEntropyParams&, int64_t row_begin, int64_t row_end);
+  void (*cross_entropy_backward)(const CrossEntropyParams&, int64_t row_begin, int64_t row_end);
 
   // Do so many rounds of nothing but arithmetic and give the number of operations: see kernels/ceilings.h.
   double (*fma_operations)(DType, int64_t rounds);

@@ -1,11 +1,10 @@
 // Residual LayerNorm / RMSNorm on the CPU: tensors to parameters, rows to threads.
-#include <fstream>
 #include <initializer_list>
 #include <memory>
-#include <string>
 #include <tuple>
 
 #include "../host/norm_arguments.h"
+#include "cache_sizes.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -18,34 +17,6 @@ namespace {
 int64_t rows_per_chunk(int64_t M, int64_t N) {
   constexpr int64_t kChunks = 64, kRows = 16, kElements = 1 << 14;
   return std::max({(M + kChunks - 1) / kChunks, kRows, kElements / std::max<int64_t>(N, 1)});
-}
-
-// Bytes of one core's second-level cache and of the last-level cache that this process sees; those of common machines
-// where the system does not tell. From sysfs: the C library's sysconf adds up the caches of a whole package, also in a
-// virtual machine that has a part of one of them.
-struct CacheSizes {
-  size_t second = size_t{1} << 20, last = size_t{32} << 20;
-};
-
-const CacheSizes& cache_sizes() {
-  static const CacheSizes sizes = [] {
-    size_t second = 0, last = 0, size = 0;
-    for (int index = 0; index < 8; ++index) {
-      const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index);
-      std::ifstream size_file(folder + "/size"), level_file(folder + "/level");
-      char unit = 0;
-      int level = 0;
-      if (!(size_file >> size >> unit) || !(level_file >> level)) continue;
-      size <<= unit == 'M' ? 20 : 10;
-      last = std::max(last, size);
-      if (level == 2) second = std::max(second, size);
-    }
-    CacheSizes found;
-    if (second > 0) found.second = second;
-    if (last > 0) found.last = last;
-    return found;
-  }();
-  return sizes;
 }
 
 // How many rows before it is read forward asks for a row of x and residual. The hardware fetches ahead by itself, but
@@ -64,9 +35,7 @@ size_t bytes_of(std::initializer_list<const Tensor*> tensors, std::initializer_l
   return bytes;
 }
 
-// Whether the results had better not go through the caches: most of them would be thrown out before somebody reads
-// them, and a store past the caches need not read the line first. That pays, also for a reader who comes next, from one
-// and a half times the last cache on, with what is read (`read`: bytes of one column).
+// Whether the results go past the caches: as whole lines, and only with what is read (`read`: bytes of one column).
 bool writes_around_cache(const NormParams& p, size_t read, std::initializer_list<const Tensor*> results) {
   constexpr size_t kLine = 64;
   size_t total = static_cast<size_t>(p.M) * static_cast<size_t>(p.N) * read;
@@ -76,7 +45,7 @@ bool writes_around_cache(const NormParams& p, size_t read, std::initializer_list
     if (row % kLine != 0 || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kLine != 0) return false;
     total += static_cast<size_t>(p.M) * row;
   }
-  return 2 * total >= 3 * cache_sizes().last;
+  return exceeds_caches(total);
 }
 
 // Whether backward asks for the lines of its results before it writes them: a store that waits for its line holds up

@@ -73,7 +73,8 @@ def _job(problem: Problem, dtype: str, mode: str) -> Job:
 
 
 def make_contenders(p: Problem, dtype: torch.dtype, mode: str) -> list[Contender]:
-    """The same weights and tokens for all; training is forward and backward, with the dropout of the configuration."""
+    """The same weights and tokens for all; training is forward and backward, with the dropout of the configuration, of
+    a language model's loss, or else of the sum of what comes out."""
     import transformers
 
     from .. import huggingface
@@ -91,6 +92,8 @@ def make_contenders(p: Problem, dtype: torch.dtype, mode: str) -> list[Contender
         "input_ids": torch.randint(1, stock.config.vocab_size, (p.B, p.S)),
         "attention_mask": (torch.arange(p.S) < lengths.view(-1, 1)).long(),
     }
+    if mode == "training" and "LM" in p.model:
+        batch["labels"] = batch["input_ids"]
     run = {"training": _training, "eval": _eval, "generate": _generate}[mode]
     made = [
         Contender(OURS, run(ours, batch)),

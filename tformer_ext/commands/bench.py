@@ -119,13 +119,13 @@ def run(options: argparse.Namespace) -> int:
 
 def chosen_jobs(options: argparse.Namespace) -> list:
     """All jobs, those that --quick and --filter leave."""
-    from tformer_ext.bench import attention, gpu, linear, models, modules, norms, small
+    from tformer_ext.bench import attention, cross_entropy, gpu, linear, models, modules, norms, small
 
     if options.device == "cuda":
         jobs = list(gpu.jobs())
     else:
-        jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *linear.jobs(), *models.jobs()]
-        jobs += [*small.overhead_jobs(), *small.scaling_jobs()]
+        jobs = [*attention.jobs(), *norms.jobs(), *modules.jobs(), *linear.jobs(), *cross_entropy.jobs()]
+        jobs += [*models.jobs(), *small.overhead_jobs(), *small.scaling_jobs()]
     if options.quick:
         jobs = [job for job in jobs if "quick" in job.tags.split()]
     return [job for job in jobs if re.search(options.filter or "", job.name)]

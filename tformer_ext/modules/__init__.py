@@ -1,6 +1,7 @@
 """Drop-ins for torch.nn's modules: same constructors, parameters and results."""
 
 from .cache import KeyValueCache
+from .cross_entropy import CrossEntropyLoss
 from .linear import Dropout, Linear
 from .multihead_attention import MultiheadAttention
 from .positions import RotaryEmbedding
@@ -9,6 +10,7 @@ from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "CrossEntropyLoss",
     "Dropout",
     "KeyValueCache",
     "Linear",

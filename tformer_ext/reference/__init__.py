@@ -4,6 +4,7 @@ Written to be read and compared with, not to be fast: scores are held as a whole
 """
 
 from .attention import attention, attention_dropout_mask, attention_rows, attention_varlen, visible_keys
+from .cross_entropy import cross_entropy
 from .philox import philox
 from .residual_norm import norm_dropout_mask, residual_layer_norm, residual_rms_norm
 
@@ -12,6 +13,7 @@ __all__ = [
     "attention_dropout_mask",
     "attention_rows",
     "attention_varlen",
+    "cross_entropy",
     "norm_dropout_mask",
     "philox",
     "residual_layer_norm",

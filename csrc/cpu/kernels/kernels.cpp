@@ -7,6 +7,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "ceilings.h"
+#include "cross_entropy.h"
 #include "linear_few_rows.h"
 #include "residual_norm.h"
 
@@ -28,7 +29,7 @@ constexpr bool kExtends = false;
 #endif
 
 // Whether this ISA has attention of its own in products of the kind P, residual norms of its own for T: an extending
-// ISA adds products of bf16, and with the first such, narrowing to it. What holds for norms holds for linear.
+// ISA adds products of bf16, and with the first such, narrowing to it. What holds for norms holds for all that follows.
 template <class P>
 constexpr bool kHasAttention = !kExtends || !std::is_same_v<P, Wide<typename P::Real>>;
 template <class T>
@@ -153,6 +154,26 @@ void linear_few_rows(const LinearParams& p, int64_t part, int64_t begin, int64_t
   });
 }
 
+// run(kernel) for the type of the logits, or what kFunction of the ISA extended does.
+template <auto kFunction, class Run>
+void for_cross_entropy(const CrossEntropyParams& p, int64_t begin, int64_t end, Run&& run) {
+  for_dtype(p.dtype, [&](auto x) {
+    if constexpr (kHasNorms<decltype(x)>) {
+      run(CrossEntropy<decltype(x)>{p});
+    } else {
+      (kExtended->*kFunction)(p, begin, end);
+    }
+  });
+}
+
+void cross_entropy_forward(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  for_cross_entropy<&CpuKernels::cross_entropy_forward>(p, begin, end, [&](auto op) { op.forward(begin, end); });
+}
+
+void cross_entropy_backward(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  for_cross_entropy<&CpuKernels::cross_entropy_backward>(p, begin, end, [&](auto op) { op.backward(begin, end); });
+}
+
 double fma_operations_of(DType dtype, int64_t rounds) {
   return for_dtype(dtype, [&](auto x) { return fma_operations<decltype(x)>(rounds); });
 }
@@ -181,6 +202,8 @@ const CpuKernels kernels = {TFORMER_NAME(TFORMER_ISA),
                             norm_sum,
                             norm_scratch,
                             linear_few_rows,
+                            cross_entropy_forward,
+                            cross_entropy_backward,
                             fma_operations_of,
                             exp_operations_of};
 
