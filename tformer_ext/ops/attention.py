@@ -16,6 +16,7 @@ from .recording import (
     eager_apply,
     is_dtensor,
     is_eager,
+    is_forward_mode,
     is_grad_enabled,
     is_plain_call,
     needs_function,
@@ -30,7 +31,7 @@ _backward = torch.ops.tformer_ext._attention_backward.default
 _NO_TENSORS = (None,) * 8
 _NUMBERS = (0, -1, -1, None, 0.0, 0.0)
 
-# Rows of scores that the double backward holds at a time.
+# Rows of scores that the double backward and derivatives in forward mode hold at a time.
 _ROWS = 128
 
 
@@ -40,6 +41,8 @@ def attention(want_lse, *operands):
         from ..distributed.dtensor import place_attention
 
         operands = place_attention(operands)
+    if is_forward_mode():
+        return _by_formula(operands)
     if not needs_function(*operands[:7]):
         return _forward(*operands)
     if not is_eager():
@@ -291,11 +294,7 @@ def _double_backward(grad_grads, grad_out, grad_lse, tensors, numbers, bias_need
     The inner product is a sum over query rows, so it is differentiated a block of rows at a time.
     """
     query, key, value, bias, mask, slopes, sinks, key_lengths, cu_q, cu_k, seed = tensors
-    causal, left, right, scale, softcap, dropout_p = numbers
-    options = {
-        "causal": causal, "window": (left, right), "scale": scale, "softcap": softcap, "dropout_p": dropout_p,
-        "dropout_seed": seed, "key_lengths": key_lengths,
-    }  # fmt: skip
+    options = _options_of_formula(key_lengths, seed, numbers)
     gq, gk, gv, gbias, gsinks = grad_grads
     if not bias_needs_grad:
         gbias = None
@@ -312,11 +311,10 @@ def _double_backward(grad_grads, grad_out, grad_lse, tensors, numbers, bias_need
             if t is not None:
                 t = t[:, :, rows] if name in by_rows else t[:, :, keys] if name in ("key", "value") else t
             part[name] = None if t is None else t.detach().requires_grad_()
-        block_mask = mask[:, :, rows] if mask is not None and mask.shape[2] > 1 else mask
-        block_slopes = slopes[n] if cu_q is not None and slopes is not None and slopes.dim() == 2 else slopes
+        block_slopes = _slopes_of(slopes, n, cu_q)
         with torch.enable_grad():
             out, lse = reference.attention_rows(
-                part["query"], part["key"], part["value"], bias=part["bias"], mask=block_mask,
+                part["query"], part["key"], part["value"], bias=part["bias"], mask=_rows_of(mask, rows),
                 alibi_slopes=block_slopes, sinks=part["sinks"], first_row=first_row, total_rows=total_rows,
                 first_batch=n, return_lse=True, **options,
             )  # fmt: skip
@@ -328,7 +326,7 @@ def _double_backward(grad_grads, grad_out, grad_lse, tensors, numbers, bias_need
                 (part["query"], None if gq is None else gq[:, :, rows]),
                 (part["key"], None if gk is None else gk[:, :, keys]),
                 (part["value"], None if gv is None else gv[:, :, keys]),
-                (part["bias"], gbias[:, :, rows] if gbias is not None and "bias" in by_rows else gbias),
+                (part["bias"], _rows_of(gbias, rows)),
                 (part["sinks"], gsinks),
             ]
             wanted = [(t, g) for t, g in wanted if t is not None and g is not None]
@@ -346,6 +344,43 @@ def _double_backward(grad_grads, grad_out, grad_lse, tensors, numbers, bias_need
                 at = rows if name in by_rows else keys if name in ("key", "value") else None
                 (total[name] if at is None else total[name][:, :, at]).add_(second)
     return tuple(total.values())
+
+
+def _by_formula(operands):
+    """(out, lse) in torch's operations, a block of query rows at a time: torch differentiates those in any mode."""
+    query, key, value, bias, mask, slopes, sinks, key_lengths, cu_q, cu_k, seed = operands[:11]
+    options = _options_of_formula(key_lengths, seed, operands[11:])
+    blocks = []
+    for n, rows, keys, first_row, total_rows in _row_blocks(query, key, cu_q, cu_k):
+        block = reference.attention_rows(
+            query[:, :, rows], key[:, :, keys], value[:, :, keys], bias=_rows_of(bias, rows), mask=_rows_of(mask, rows),
+            alibi_slopes=_slopes_of(slopes, n, cu_q), sinks=sinks, first_row=first_row, total_rows=total_rows,
+            first_batch=n, return_lse=True, **options,
+        )  # fmt: skip
+        blocks.append(block)
+    if not blocks:
+        shape = query.shape[:3]
+        return query.new_zeros(*shape, value.shape[3]), query.new_zeros(shape, dtype=_accumulator_dtype(query.dtype))
+    out, lse = (torch.cat(parts, 2) for parts in zip(*blocks, strict=True))
+    return out, lse
+
+
+def _options_of_formula(key_lengths, seed, numbers):
+    causal, left, right, scale, softcap, dropout_p = numbers
+    return {
+        "causal": causal, "window": (left, right), "scale": scale, "softcap": softcap, "dropout_p": dropout_p,
+        "dropout_seed": seed, "key_lengths": key_lengths,
+    }  # fmt: skip
+
+
+def _rows_of(operand, rows):
+    """A bias or mask (or None) for these query rows."""
+    return operand[:, :, rows] if operand is not None and operand.shape[2] > 1 else operand
+
+
+def _slopes_of(slopes, n, cu_q):
+    """alibi_slopes (or None) for sequence n, if sequences are packed."""
+    return slopes[n] if cu_q is not None and slopes is not None and slopes.dim() == 2 else slopes
 
 
 def _row_blocks(query, key, cu_q, cu_k):

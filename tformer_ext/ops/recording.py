@@ -31,8 +31,13 @@ def require_grad(*tensors):
 
 
 def needs_function(*tensors):
-    """True if autograd records one of the tensors (or None), or a transform of torch.func or forward mode is on."""
-    return (is_grad_enabled() and require_grad(*tensors)) or _transform() is not None or forward_ad._current_level >= 0
+    """True if autograd records one of the tensors (or None), or a transform of torch.func is at work."""
+    return (is_grad_enabled() and require_grad(*tensors)) or _transform() is not None
+
+
+def is_forward_mode():
+    """True within forward_ad.dual_level and torch.func.jvp: tangents go where only torch's own operations take them."""
+    return forward_ad._current_level >= 0
 
 
 def is_eager():
@@ -42,7 +47,7 @@ def is_eager():
 
 def is_plain_call():
     """Whether tensors go to an operator as they are: eager, and without autocast."""
-    return not (_is_compiling() or _is_autocast() or forward_ad._current_level >= 0) and _transform() is None
+    return not (_is_compiling() or _is_autocast() or is_forward_mode()) and _transform() is None
 
 
 def is_plain_cpu_tensor(t):
@@ -54,7 +59,7 @@ def is_plain_cpu_tensor(t):
         and is_eager()
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
+        and not is_forward_mode()
     )
 
 

@@ -6,13 +6,14 @@ from torch.autograd.function import once_differentiable
 from ..arguments import check_norm
 from ..reference import norm_dropout_mask
 from ..reference.philox import keep_scale
-from ..reference.residual_norm import normalize
+from ..reference.residual_norm import normalize, residual_layer_norm, residual_rms_norm
 from .recording import (
     by_short_way,
     call_backward,
     eager_apply,
     is_dtensor,
     is_eager,
+    is_forward_mode,
     is_grad_enabled,
     is_plain_call,
     needs_function,
@@ -31,6 +32,11 @@ def residual_norm(x, residual, weight, bias, seed, eps, dropout_p, rms, want_sum
 
         x, residual, weight, bias, seed = place_norm(x, residual, weight, bias, seed)
     tensors = (x, residual, weight, bias)
+    if is_forward_mode():  # torch differentiates its own operations in any mode
+        y, total = (residual_rms_norm if rms else residual_layer_norm)(
+            *tensors, eps=eps, dropout_p=dropout_p, dropout_seed=seed, return_residual=True, residual_dtype=sum_dtype
+        )
+        return y, total if want_sum else None
     if needs_function(*tensors):
         # without residual and dropout, and in x's dtype, the sum is x itself and need not be saved again
         save_sum = want_sum or residual is not None or dropout_p > 0 or sum_dtype != x.dtype
