@@ -354,7 +354,7 @@ def cross_entropy(
 ):
     """torch.nn.functional.cross_entropy: its signature, results and errors.
 
-    On a CPU logits of many classes are read once in each direction, and of their softmax only one number a row is
+    On a CPU logits of many classes are read once in each direction, and of their softmax only two numbers a row are
     kept; torch makes a whole one, widens 16-bit logits first if it is told to, and clears a gradient to scatter into.
 
     Args:
