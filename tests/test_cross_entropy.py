@@ -229,6 +229,7 @@ def test_errors_are_torchs():
         ((input, target[:9]), {}, ValueError),
         ((input, target.int()), {}, RuntimeError),
         ((input, target), {"label_smoothing": 2.0}, RuntimeError),
+        ((input, target), {"label_smoothing": "some"}, TypeError),
         ((input, target), {"reduction": "median"}, ValueError),
         ((input, "target"), {}, TypeError),
     ]:

@@ -301,7 +301,7 @@ def test_transposed_linear(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["NewGELUActivation", "FastGELUActivation"])
+@pytest.mark.parametrize("name", ["NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation"])
 def test_gelu(name, dtype):
     """As near to float64 as the stock class is, and by one operation, which keeps its input alone."""
     kind = getattr(transformers.activations, name)

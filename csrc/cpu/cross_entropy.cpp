@@ -40,17 +40,11 @@ void for_rows(const CrossEntropyParams& p, const Run& run) {
                  [&](int64_t n, TaskTaker&) { run(n * rows, std::min((n + 1) * rows, p.M)); });
 }
 
-Sizes sizes_of_rows(const Tensor& input) {
-  Sizes sizes;
-  for (int64_t d = 0; d + 1 < input.dim(); ++d) sizes.push_back(input.size(d));
-  return sizes;
-}
-
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, int64_t ignore_index,
                                                          double label_smoothing) {
   CrossEntropyParams p = params_of(input, target, ignore_index, label_smoothing);
   const ScalarType type = accumulator_type(p.dtype);
-  const Sizes sizes = sizes_of_rows(input);
+  const Sizes sizes = sizes_of(input, input.dim() - 1);
   Tensor loss = empty(sizes, type, input), highest = empty(sizes, type, input), sum = empty(sizes, type, input);
   p.loss = loss.mutable_data_ptr(), p.highest = highest.mutable_data_ptr(), p.sum = sum.mutable_data_ptr();
   const CpuKernels& kernels = cpu_kernels();
@@ -68,9 +62,7 @@ Tensor cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Ten
   check_rows(grad_loss, "grad_loss"), check_rows(highest, "highest"), check_rows(sum, "sum");
   p.grad_loss = grad_loss.const_data_ptr();
   p.highest = const_cast<void*>(highest.const_data_ptr()), p.sum = const_cast<void*>(sum.const_data_ptr());
-  Sizes sizes = sizes_of_rows(input);
-  sizes.push_back(p.N);
-  Tensor grad = empty(sizes, input.scalar_type(), input);
+  Tensor grad = empty(sizes_of(input, input.dim()), input.scalar_type(), input);
   p.grad_x = grad.mutable_data_ptr();
   const size_t bytes = static_cast<size_t>(p.M) * static_cast<size_t>(p.N) * element_bytes(input.scalar_type());
   p.around_cache = exceeds_caches(2 * bytes);

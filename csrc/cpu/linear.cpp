@@ -57,8 +57,8 @@ Tensor linear_few_rows(Tensor x, Tensor weight, OptionalTensor bias) {
           "bias: expected a contiguous vector of N elements of the dtype of x");
     p.bias = bias->const_data_ptr();
   }
-  Sizes sizes(static_cast<size_t>(x.dim()), p.N);
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes[static_cast<size_t>(d)] = x.size(d);
+  Sizes sizes = sizes_of(x, x.dim() - 1);
+  sizes.push_back(p.N);
   Tensor y = empty(sizes, x.scalar_type(), x);
   p.y = y.mutable_data_ptr();
   if (p.M == 0 || p.N == 0) return y;

@@ -12,12 +12,6 @@ inline int64_t check_rows(const Tensor& t, const char* name, const NormParams& p
   return m.stride;
 }
 
-inline Sizes sizes_of(const Tensor& t, int64_t dims) {
-  Sizes sizes(static_cast<size_t>(dims));
-  for (int64_t d = 0; d < dims; ++d) sizes[static_cast<size_t>(d)] = t.size(d);
-  return sizes;
-}
-
 inline void check_parameter(const OptionalTensor& t, const char* name, const NormParams& p) {
   if (!t.has_value()) return;
   check(t->dim() == 1 && t->size(0) == p.N && t->is_contiguous(), name, ": expected a contiguous vector of the width");

@@ -73,6 +73,13 @@ inline ScalarType accumulator_type(DType dtype) { return dtype == DType::f64 ? S
 
 using Sizes = std::vector<int64_t>;
 
+// Of the first `dims` dimensions.
+inline Sizes sizes_of(const Tensor& t, int64_t dims) {
+  Sizes sizes(static_cast<size_t>(dims));
+  for (int64_t d = 0; d < dims; ++d) sizes[static_cast<size_t>(d)] = t.size(d);
+  return sizes;
+}
+
 inline Sizes contiguous_strides(const Sizes& sizes) {
   Sizes strides(sizes.size());
   int64_t next = 1;

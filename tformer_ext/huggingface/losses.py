@@ -59,8 +59,8 @@ def fused_loss(model):
 
     kind = getattr(model, "loss_type", None)  # as PreTrainedModel.loss_function, which would warn of unknown ones
     stock = loss_utils.LOSS_MAPPING.get(kind, loss_utils.LOSS_MAPPING["ForCausalLM"])
-    name = getattr(stock, "__name__", None)
-    return (stock, FUSED[name]) if stock is getattr(loss_utils, name or "", None) and name in FUSED else None
+    known = stock.__module__ == loss_utils.__name__ and stock.__name__ in FUSED
+    return (stock, FUSED[stock.__name__]) if known else None
 
 
 def _calls_loss_function(kind):

@@ -31,8 +31,8 @@ _LEAST_MULTIPLY_ADDS = 1 << 17  # with fewer, all that follows would cost more t
 _MOST_FEW_ROWS = 8  # with more, arithmetic begins to show beside reading the weights
 _LEAST_WIDENED_ROWS = 16  # fewer do not pay for widening the weight
 _MOST_WIDENED = 1 << 22  # elements of an operand that are in float32 at a time
-_LEAST_TRANSPOSED = 256
 _MOST_TRANSPOSED = 1 << 20  # elements of a gradient whose part of a weight's is transposed at a time
+_LEAST_TRANSPOSED = 256  # its columns at least: fewer make a slow product
 
 _LEAST_DRAWN = 5000  # elements: with fewer, drawing a seed and calling the kernel take longer than torch's draws
 _COLUMNS_OF_COUNTERS = 64  # served by the counters that are drawn at once, also in rows that are shorter
@@ -110,8 +110,8 @@ def _product(x, weight, bias, activation="none"):
 def _weight_gradient(grad, x, weight):
     """gradT x: (O, I), in the memory order of weight, from rows of the gradient (M, O) and of x (M, I); not recorded.
 
-    oneDNN wants the rows of its first operand in one piece, so that operand is copied, and nothing else may be where
-    that is the gradient of a vocabulary: xT grad is made instead, in parts whose transposition stays in cache.
+    oneDNN wants the rows of its first operand in one piece and copies that operand if they are not. A gradient that is
+    wider than x is not copied: xT grad is made instead, in parts whose transposition stays in cache.
     """
     rows, columns = grad.shape
     if weight.t().is_contiguous():
@@ -293,10 +293,7 @@ def _columns_to_draw(x, residual):
 
     That of x itself where it is not too short for the counters, or else a divisor of the number of all elements.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or type(x) not in _PLAIN or x.numel() < _LEAST_DRAWN or not is_plain_cpu_tensor(x):
-        return 0
-    if x.dtype not in DTYPES or not x.is_contiguous():
+    if not is_plain_cpu_tensor(x) or x.numel() < _LEAST_DRAWN or x.dtype not in DTYPES or not x.is_contiguous():
         return 0
     if residual is not None and not (
         is_plain_cpu_tensor(residual)

@@ -9,7 +9,6 @@ from .recording import call, is_plain_cpu_tensor, needs_function
 _forward = torch.ops.tformer_ext._cross_entropy_forward.default
 _backward = torch.ops.tformer_ext._cross_entropy_backward.default
 
-
 _LEAST_LOGITS, _LEAST_CLASSES = 1 << 16, 512  # with fewer, torch's own operations take no longer
 
 
@@ -20,7 +19,7 @@ def plain_cross_entropy(input, target, ignore_index, reduction, label_smoothing=
     """
     if reduction not in ("mean", "sum", "none") or not _is_taken(input, target):
         return None
-    operands = input, target, ignore_index, float(label_smoothing)
+    operands = input, target, ignore_index, label_smoothing
     try:
         losses = call(CrossEntropy, *operands) if needs_function(input) else _forward(*operands)[0]
     except RuntimeError:  # of a target that is no class, say: torch tells in its own words
@@ -62,7 +61,7 @@ def _(grad_loss, input, target, highest, total, ignore_index, label_smoothing):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The loss of each row. Of what softmax makes of the logits only its denominator is kept."""
+    """The loss of each row. Of what softmax makes of the logits two numbers a row are kept."""
 
     @staticmethod
     def forward(ctx, input, target, ignore_index, label_smoothing):
@@ -75,10 +74,9 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         input, target, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():  # differentiated again: through the formula
-            with torch.enable_grad():
-                ignore_index, label_smoothing = ctx.options
-                loss = reference(input, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
-                (grad_input,) = torch.autograd.grad(loss, input, grad, create_graph=True)
+            ignore_index, label_smoothing = ctx.options
+            loss = reference(input, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
+            (grad_input,) = torch.autograd.grad(loss, input, grad, create_graph=True)
         else:
             grad_input = _backward(grad.contiguous(), input, target, *statistics, *ctx.options)
         return grad_input, None, None, None
