@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import tformer_ext as tx
 from tformer_ext import functional as F
 from tformer_ext import reference
-from tformer_ext.modules import linear
+from tformer_ext.modules import dropout as ours
 from tformer_ext.reference.philox import keep_scale
 
 P = 0.25  # a multiple of 2**-16, so that both scale by the same
@@ -213,8 +213,44 @@ def test_layers_fuse_it_as_they_fuse_torchs(name, norm_first, torchs, monkeypatc
         assert type(layer.dropout) is type(layer.dropout1) is tx.Dropout
     assert torch.equal(results[0][0], results[1][0]) and results[0][1:] == results[1][1:]
     assert P in results[0][1] and not torchs
-    assert linear.is_plain_dropout(layer.dropout)
+    assert ours.is_plain_dropout(layer.dropout)
     layer.dropout1.register_forward_hook(lambda *_: fused.append("hook"))
-    assert not linear.is_plain_dropout(layer.dropout1)
+    assert not ours.is_plain_dropout(layer.dropout1)
     layer(*inputs)
     assert fused.count("hook") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_in_a_sum(dtype, with_residual):
+    p, dropout = 0.3, nn.Dropout(0.3)
+    x = (torch.rand(300, 200) + 1).to(dtype).requires_grad_()
+    residual = torch.zeros(300, 200, dtype=dtype, requires_grad=True) if with_residual else None
+    torch.manual_seed(2)
+    y = ours.add_dropout(x, dropout, residual)
+    kept = y != 0
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5
+    torch.testing.assert_close(y[kept], (x * keep_scale(p))[kept])
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.equal(g != 0, kept)
+    torch.testing.assert_close(g[kept], torch.full_like(g[kept], keep_scale(p)))
+    torch.manual_seed(2)
+    assert torch.equal(ours.add_dropout(x, dropout, residual), y)
+    assert not torch.equal(ours.add_dropout(x, dropout, residual), y)
+    if with_residual:
+        (g,) = torch.autograd.grad(ours.add_dropout(x, dropout, residual).sum(), residual)
+        assert g.eq(1).all()
+    assert ours.add_dropout(x, nn.Dropout(1.0)).eq(0).all()
+    x = x.detach().requires_grad_()
+    same = ours.add_dropout(x, nn.Dropout(0.3).eval(), residual)
+    torch.testing.assert_close(same, x if residual is None else x + residual)
+
+
+def test_in_a_sum_where_torchs_is_used():
+    x, dropout = torch.ones(200, 300), nn.Dropout(0.5)
+    seen = []
+    dropout.register_forward_hook(lambda m, args, out: seen.append(out))
+    assert ours.add_dropout(x, dropout) is seen[0]
+    y = ours.add_dropout(x.t(), nn.Dropout(0.5), torch.ones(300, 200))
+    assert set(y.unique().tolist()) == {1.0, 3.0}
+    assert set(ours.add_dropout(x.half(), nn.Dropout(0.5), x).unique().tolist()) == {1.0, 3.0}

@@ -1,4 +1,4 @@
-"""The modules' linear layers and dropout against torch's, where oneDNN and the counters take over and where not."""
+"""The modules' linear layers against torch's, where oneDNN and kernels of ours take over and where not."""
 
 import time
 
@@ -8,7 +8,6 @@ from tolerances import assert_close, assert_gradient_close, farther, finite_wher
 from torch import nn
 
 from tformer_ext.modules import linear as ours
-from tformer_ext.reference.philox import keep_scale
 
 F = nn.functional
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -343,39 +342,3 @@ def test_what_is_no_plain_call_goes_to_torch(monkeypatch):
     assert "_product" not in str(torch.fx.symbolic_trace(ours.Linear(256, 256)).graph)
     mapped = torch.func.vmap(lambda t: ours.linear(t, w, None))(x.view(2, 128, 256))
     torch.testing.assert_close(mapped.view(256, 256), F.linear(x, w))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("with_residual", [True, False])
-def test_dropout(dtype, with_residual):
-    p, dropout = 0.3, nn.Dropout(0.3)
-    x = (torch.rand(300, 200) + 1).to(dtype).requires_grad_()
-    residual = torch.zeros(300, 200, dtype=dtype, requires_grad=True) if with_residual else None
-    torch.manual_seed(2)
-    y = ours.add_dropout(x, dropout, residual)
-    kept = y != 0
-    assert abs(kept.double().mean().item() - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5
-    torch.testing.assert_close(y[kept], (x * keep_scale(p))[kept])
-    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    assert torch.equal(g != 0, kept)
-    torch.testing.assert_close(g[kept], torch.full_like(g[kept], keep_scale(p)))
-    torch.manual_seed(2)
-    assert torch.equal(ours.add_dropout(x, dropout, residual), y)
-    assert not torch.equal(ours.add_dropout(x, dropout, residual), y)
-    if with_residual:
-        (g,) = torch.autograd.grad(ours.add_dropout(x, dropout, residual).sum(), residual)
-        assert g.eq(1).all()
-    assert ours.add_dropout(x, nn.Dropout(1.0)).eq(0).all()
-    x = x.detach().requires_grad_()
-    same = ours.add_dropout(x, nn.Dropout(0.3).eval(), residual)
-    torch.testing.assert_close(same, x if residual is None else x + residual)
-
-
-def test_dropout_where_torchs_is_used():
-    x, dropout = torch.ones(200, 300), nn.Dropout(0.5)
-    seen = []
-    dropout.register_forward_hook(lambda m, args, out: seen.append(out))
-    assert ours.add_dropout(x, dropout) is seen[0]
-    y = ours.add_dropout(x.t(), nn.Dropout(0.5), torch.ones(300, 200))
-    assert set(y.unique().tolist()) == {1.0, 3.0}
-    assert set(ours.add_dropout(x.half(), nn.Dropout(0.5), x).unique().tolist()) == {1.0, 3.0}

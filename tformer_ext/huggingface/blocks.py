@@ -12,7 +12,8 @@ import torch
 
 from .. import functional as F
 from ..modules import residual_norm
-from ..modules.linear import Dropout, drop, linear
+from ..modules.dropout import Dropout, drop
+from ..modules.linear import linear
 from ..modules.plain import is_plain
 
 

@@ -2,7 +2,8 @@
 
 from .cache import KeyValueCache
 from .cross_entropy import CrossEntropyLoss
-from .linear import Dropout, Linear
+from .dropout import Dropout
+from .linear import Linear
 from .multihead_attention import MultiheadAttention
 from .positions import RotaryEmbedding
 from .residual_norm import ResidualLayerNorm, ResidualRMSNorm

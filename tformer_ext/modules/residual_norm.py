@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .. import functional as F
-from .linear import is_plain_dropout
+from .dropout import is_plain_dropout
 from .plain import is_plain
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn.modules.transformer import _get_activation_fn
 
-from .linear import add_dropout, call_linear, is_plain_linear, linear
+from .dropout import add_dropout
+from .linear import call_linear, is_plain_linear, linear
 from .masks import check_type
 from .multihead_attention import MultiheadAttention
 from .plain import is_plain
