@@ -8,6 +8,7 @@ from tolerances import assert_close, assert_gradient_close, farther, finite_wher
 from torch import nn
 
 from tformer_ext.modules import linear as ours
+from tformer_ext.ops import products
 
 F = nn.functional
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -26,8 +27,8 @@ def route(request, monkeypatch):
 
 
 def choose(monkeypatch, onednn, widened):
-    monkeypatch.setattr(ours, "_onednn_dtypes", lambda: onednn)
-    monkeypatch.setattr(ours, "_widened_dtypes", lambda: widened)
+    monkeypatch.setattr(products, "onednn_dtypes", lambda: onednn)
+    monkeypatch.setattr(products, "widened_dtypes", lambda: widened)
 
 
 def running_sums(activation, grad, x, w, b=None):
@@ -125,7 +126,7 @@ def test_a_weight_that_is_part_of_another_costs_a_copy_only():
     def seconds(weight):
         def once():
             start = time.perf_counter()
-            ours._product(x, weight, None)
+            products.product(x, weight, None)
             return time.perf_counter() - start
 
         return min(once() for _ in range(5))
@@ -146,7 +147,7 @@ def test_operands_are_widened_in_pieces(monkeypatch):
 
     stock = F.linear
     monkeypatch.setattr(F, "linear", product)
-    monkeypatch.setattr(ours, "_MOST_WIDENED", 30000)
+    monkeypatch.setattr(products, "_MOST_WIDENED", 30000)
     torch.testing.assert_close(ours.linear(x, w, b), whole, rtol=0.01, atol=1e-3)
     assert sizes == [(rows, columns) for rows in (100, 50) for columns in (100, 100, 100, 1)]
 
@@ -339,6 +340,6 @@ def test_what_is_no_plain_call_goes_to_torch(monkeypatch):
         dual = torch.autograd.forward_ad.make_dual(x, x)
         y = torch.autograd.forward_ad.unpack_dual(ours.linear(dual, w, None))
         assert torch.equal(y.tangent, y.primal)
-    assert "_product" not in str(torch.fx.symbolic_trace(ours.Linear(256, 256)).graph)
+    assert "product" not in str(torch.fx.symbolic_trace(ours.Linear(256, 256)).graph)
     mapped = torch.func.vmap(lambda t: ours.linear(t, w, None))(x.view(2, 128, 256))
     torch.testing.assert_close(mapped.view(256, 256), F.linear(x, w))

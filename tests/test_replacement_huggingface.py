@@ -19,6 +19,7 @@ import tformer_ext as tx  # noqa: E402
 from tformer_ext import functional as F  # noqa: E402
 from tformer_ext.huggingface import blocks  # noqa: E402
 from tformer_ext.modules import linear  # noqa: E402
+from tformer_ext.ops import products  # noqa: E402
 
 MODELS = {**ENCODERS, **DECODERS, **SEQ2SEQS}
 MODELS["GPTNeoX in series"] = (DECODERS["GPTNeoX"][0], {**DECODERS["GPTNeoX"][1], "use_parallel_residual": False})
@@ -282,7 +283,7 @@ def test_dropout_of_a_block_has_its_distribution():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_transposed_linear(dtype, monkeypatch):
-    monkeypatch.setattr(linear, "_widened_dtypes", lambda: {torch.bfloat16})
+    monkeypatch.setattr(products, "widened_dtypes", lambda: {torch.bfloat16})
     model = nn.Sequential(transformers.pytorch_utils.Conv1D(300, 256)).to(dtype)
     x = torch.randn(4, 20, 256, dtype=dtype, requires_grad=True)
 
