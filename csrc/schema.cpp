@@ -68,6 +68,8 @@ STABLE_TORCH_LIBRARY(TFORMER_NAMESPACE, m) {
   //   all of one dtype: float32, bfloat16 or float16; returns (..., N)
   //   Where AVX-512 multiplies bfloat16 itself it takes and gives 0 for subnormal numbers, here as in oneDNN.
   m.def("_linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  // Uninitialised (rows, columns) on the CPU, in memory that freed results have left (block_cache.h).
+  m.def("_empty_matrix(Tensor like, int rows, int columns, ScalarType dtype) -> Tensor");
 
   // Cross entropy on the CPU: loss = (1 - s) (lse - input[target]) + s (lse - mean(input)) of each row, 0 where the
   // target is ignore_index; s = label_smoothing, lse = log sum exp(input).
@@ -80,4 +82,8 @@ STABLE_TORCH_LIBRARY(TFORMER_NAMESPACE, m) {
   m.def(
       "_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor highest, Tensor sum, "
       "int ignore_index, float label_smoothing) -> Tensor");
+  // Likewise, in the place of input, which is contiguous.
+  m.def(
+      "_cross_entropy_backward_(Tensor grad_loss, Tensor(a!) input, Tensor target, Tensor highest, Tensor sum, "
+      "int ignore_index, float label_smoothing) -> ()");
 }

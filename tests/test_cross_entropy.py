@@ -13,6 +13,7 @@ from tformer_ext.ops import cross_entropy as ops
 
 FORWARD = torch.ops.tformer_ext._cross_entropy_forward.default
 BACKWARD = torch.ops.tformer_ext._cross_entropy_backward.default
+IN_PLACE = torch.ops.tformer_ext._cross_entropy_backward_.default
 torchs = torch.nn.functional.cross_entropy
 
 
@@ -95,6 +96,17 @@ def test_large_gradients_have_the_bits_of_small_ones(isa, dtype, N):
     parts = [both(*part, 0.1) for part in zip(*(t.chunk(8) for t in (input, target, grad)), strict=True)]
     few = [torch.cat(part) for part in zip(*parts, strict=True)]
     assert torch.equal(loss, few[0]) and torch.equal(grad_input, few[1])
+
+
+@pytest.mark.parametrize("N", [5, 1000, 5003])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_in_the_place_of_logits_have_the_same_bits(isa, dtype, N):
+    input, target, grad = problem(40, N, dtype, apart=0)
+    loss, expected = both(input, target, grad, 0.1)
+    place = input.clone()
+    _, *statistics = FORWARD(place, target, -100, 0.1)
+    IN_PLACE(grad.to(loss.dtype), place, target, *statistics, -100, 0.1)
+    assert torch.equal(place, expected)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -199,6 +211,7 @@ def test_opcheck():
     opcheck(FORWARD, (input, target, -100, 0.1))
     _, *statistics = FORWARD(input, target, -100, 0.1)
     opcheck(BACKWARD, (grad, input, target, *statistics, -100, 0.1))
+    opcheck(IN_PLACE, (grad, input.contiguous(), target, *statistics, -100, 0.1))
 
 
 def test_bad_operands_of_the_operators():
@@ -220,6 +233,8 @@ def test_bad_operands_of_the_operators():
         operands = [*whole[:place], wrong, *whole[place + 1 :]]
         with pytest.raises(RuntimeError, match="expected a contiguous tensor of an element for each row"):
             BACKWARD(operands[0], input, target, *operands[1:], -100, 0.0)
+    with pytest.raises(RuntimeError, match="input: expected a contiguous tensor"):
+        IN_PLACE(grad, input, target, highest, total, -100, 0.0)
 
 
 def test_errors_are_torchs():

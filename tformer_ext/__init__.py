@@ -60,6 +60,11 @@ __all__ = [
     "restore_modules",
 ]
 
+if hasattr(modules, "LinearCrossEntropyLoss"):  # since torch 2.13
+    from .modules import LinearCrossEntropyLoss
+
+    __all__ += ["LinearCrossEntropyLoss"]
+
 
 def __getattr__(name):
     if name in ("distributed", "huggingface"):  # imports torch.distributed, transformers only when asked for

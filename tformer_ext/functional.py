@@ -4,13 +4,15 @@ import torch
 
 from . import arguments as check
 from .ops import attention as _attention
-from .ops import cross_entropy as _loss
 from .ops import residual_norm as _norm
+from .ops.cross_entropy import plain_cross_entropy as _plain_cross_entropy
+from .ops.linear_cross_entropy import plain_linear_cross_entropy as _plain_linear_cross_entropy
 
 __all__ = [
     "attention",
     "attention_varlen",
     "cross_entropy",
+    "linear_cross_entropy",
     "residual_layer_norm",
     "residual_rms_norm",
     "scaled_dot_product_attention",
@@ -372,9 +374,63 @@ def cross_entropy(
     Derivatives: first and second, the latter through the formula.
     """
     if weight is size_average is reduce is None:
-        loss = _loss.plain_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+        loss = _plain_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
         if loss is not None:
             return loss if torch.is_autocast_enabled("cpu") else loss.to(input.dtype)
     return torch.nn.functional.cross_entropy(
         input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
     )
+
+
+def linear_cross_entropy(
+    input,
+    linear_weight,
+    target,
+    *,
+    linear_bias=None,
+    weight=None,
+    reduction="mean",
+    ignore_index=None,
+    label_smoothing=0.0,
+    options=None,
+):
+    """cross_entropy(linear(input, linear_weight, linear_bias), target) without holding the logits of all rows.
+
+    torch.nn.functional.linear_cross_entropy of torch 2.13 and later: its signature, results and errors. On a CPU 512
+    rows of logits exist at a time. Where a gradient is wanted they become their own gradient in place, which is
+    multiplied at once, so that backward has nothing left to do; for "none" and in float16 backward makes them again.
+
+    Args:
+        input: (M, K), linear_weight: (N, K), linear_bias: (N,) or None, all of one dtype: float64, float32, bfloat16 or
+            float16.
+        target: (M,) int64, classes 0 to N - 1 or ignore_index.
+        ignore_index: rows with this target have loss and gradient 0 and do not count in the mean; None: -100.
+        reduction, label_smoothing: as in `cross_entropy`.
+        weight, options: as in torch, which takes these calls, as it takes other shapes of input and linear_weight,
+            probabilities as target, few logits, other devices, and what torch.compile or torch.func traces.
+
+    Returns:
+        A scalar, or (M,) for "none", of input's dtype; float32 under autocast. Sums are float32 or wider inside: each
+        gradient is rounded to its dtype once.
+
+    Derivatives: first, any number of times if the graph is retained, and second, the latter through all logits.
+
+    Raises:
+        NotImplementedError: where the call is torch's and torch is older than 2.13 and options are given or
+            linear_weight has more than two dimensions.
+    """
+    if weight is options is None and isinstance(input, torch.Tensor):
+        operands = _autocast(input, linear_weight, linear_bias)
+        ignored = -100 if ignore_index is None else ignore_index
+        loss = _plain_linear_cross_entropy(*operands, target, ignored, reduction, label_smoothing)
+        if loss is not None:
+            return loss if torch.is_autocast_enabled("cpu") else loss.to(input.dtype)
+    keywords = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        keywords |= {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options}
+        return torch.nn.functional.linear_cross_entropy(input, linear_weight, target, **keywords)
+    if options is not None or linear_weight.dim() != 2:
+        raise NotImplementedError("linear_cross_entropy: options and weights of more dimensions need torch 2.13")
+    logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+    keywords["ignore_index"] = -100 if ignore_index is None else ignore_index
+    return torch.nn.functional.cross_entropy(logits, target, **keywords)

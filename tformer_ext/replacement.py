@@ -28,6 +28,8 @@ _OF_TORCH = {
     nn.RMSNorm: (ours.ResidualRMSNorm, _RESIDUAL_OPTIONS),
     nn.CrossEntropyLoss: (ours.CrossEntropyLoss, {}),
 }
+if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+    _OF_TORCH[nn.LinearCrossEntropyLoss] = (ours.LinearCrossEntropyLoss, {})
 _UNDO = "_tformer_ext_undo"
 _LOSS = "_loss_function"  # of a model, if it is not the one that transformers has for its class
 
@@ -95,10 +97,11 @@ class _Undo:
 def replace_modules(model, filter_fn=None):
     """Puts the fused modules in the place of all modules of a model that have one. Returns a Report.
 
-    Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, Dropout, LayerNorm, RMSNorm and
-    CrossEntropyLoss, the exact classes only, and in transformers' models the attention (attn_implementation becomes
-    "tformer_ext"), the loss_function of language models (tformer_ext.huggingface.losses), RMSNorms, the residual blocks
-    of BERT, GPT and Llama and their relatives, and Conv1D and the GELU of GPT-2 (tformer_ext.huggingface.blocks).
+    Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, Dropout, LayerNorm, RMSNorm,
+    CrossEntropyLoss and LinearCrossEntropyLoss, the exact classes only, and in transformers' models the attention
+    (attn_implementation becomes "tformer_ext"), the loss_function of language models (tformer_ext.huggingface.losses),
+    RMSNorms, the residual blocks of BERT, GPT and Llama and their relatives, and Conv1D and the GELU of GPT-2
+    (tformer_ext.huggingface.blocks).
 
     Works in place: the objects, their parameters, buffers, hooks and flags stay the same, so that optimizers,
     state_dicts and tied weights stay valid. A second call finds nothing more to do. restore_modules undoes all of it.

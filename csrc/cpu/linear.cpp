@@ -69,7 +69,15 @@ Tensor linear_few_rows(Tensor x, Tensor weight, OptionalTensor bias) {
   return y;
 }
 
+Tensor empty_matrix(Tensor like, int64_t rows, int64_t columns, ScalarType dtype) {
+  check(rows >= 0 && columns >= 0, "rows, columns: expected 0 or more");
+  return empty({rows, columns}, dtype, like);
+}
+
 }  // namespace
 }  // namespace tformer
 
-STABLE_TORCH_LIBRARY_IMPL(tformer_ext, CPU, m) { m.impl("_linear_few_rows", TORCH_BOX(&tformer::linear_few_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(tformer_ext, CPU, m) {
+  m.impl("_linear_few_rows", TORCH_BOX(&tformer::linear_few_rows));
+  m.impl("_empty_matrix", TORCH_BOX(&tformer::empty_matrix));
+}

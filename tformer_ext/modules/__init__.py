@@ -1,5 +1,7 @@
 """Drop-ins for torch.nn's modules: same constructors, parameters and results."""
 
+from torch import nn as _nn
+
 from .cache import KeyValueCache
 from .cross_entropy import CrossEntropyLoss
 from .dropout import Dropout
@@ -25,3 +27,8 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
+
+if hasattr(_nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+    from .cross_entropy import LinearCrossEntropyLoss
+
+    __all__ += ["LinearCrossEntropyLoss"]

@@ -45,19 +45,24 @@ def _is_taken(input, target):
     )
 
 
-def _dtype_of_loss(input):
+def dtype_of_loss(input):
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("tformer_ext::_cross_entropy_forward")
 def _(input, target, ignore_index, label_smoothing):
-    loss = input.new_empty(input.shape[:-1], dtype=_dtype_of_loss(input))
+    loss = input.new_empty(input.shape[:-1], dtype=dtype_of_loss(input))
     return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
 @torch.library.register_fake("tformer_ext::_cross_entropy_backward")
 def _(grad_loss, input, target, highest, total, ignore_index, label_smoothing):
     return input.new_empty(input.shape)
+
+
+@torch.library.register_fake("tformer_ext::_cross_entropy_backward_")
+def _(grad_loss, input, target, highest, total, ignore_index, label_smoothing):
+    return None
 
 
 class CrossEntropy(torch.autograd.Function):
