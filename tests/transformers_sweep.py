@@ -1,5 +1,6 @@
 """Every model type of transformers, small and with random weights: eager attention against "tformer_ext", and against
-replace_modules. Minutes; for a new version of transformers, not for every change: `make sweep SWEEP_ARGS="bloom gpt2"`.
+replace_modules, which also trains without logits. Minutes; for a new version of transformers, not for every change:
+`make sweep SWEEP_ARGS="bloom gpt2"`.
 
 A model is the same, differs, fails, is refused by transformers (which looks its attention up by names that it knows),
 or was not asked: a small one cannot be built, or runs with eager neither. Some differ between eager and sdpa: one of
@@ -25,6 +26,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tformer_ext as tx
+from tformer_ext.ops import linear_cross_entropy
 
 HIDDEN, HEADS = 32, 4
 SIZES = {
@@ -43,7 +45,7 @@ SIZES = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_head_dim", "num_mel_bins"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
     **dict.fromkeys(("max_source_positions", "max_target_positions"), 64),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 99),
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), 99),
     "hidden_size_per_layer_input": 8, "image_size": 32, "patch_size": 8, "sliding_window": 6, "max_window_layers": 1,
     "local_attention": 8, "global_attn_every_n_layers": 2, "attention_probs_dropout_prob": 0.0,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
@@ -107,7 +109,7 @@ def build_ours(cls, config, weights):
     """{name: model} with the same weights and buffers as stock."""
     replaced = build(cls, config, "eager")
     replaced.load_state_dict(weights)
-    tx.replace_modules(replaced)
+    tx.replace_modules(replaced, keep_logits=False)
     try:
         ours = build(cls, config, "tformer_ext")
     except KeyError as error:
@@ -202,6 +204,24 @@ def gradient(model):
     return torch.cat([flat, flat.norm().view(1)])
 
 
+def training_step(model):
+    """(loss, gradient), by labels and without dropout: of the modules only the model itself is in training."""
+    batch, kept = example(model, "right")
+    ids = batch.get("input_ids", torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(2)))
+    labels = (
+        ids[:, :11].contiguous() if model.config.is_encoder_decoder else ids if kept is None else ids.where(kept, -100)
+    )
+    model.zero_grad()
+    model.training = True
+    try:
+        loss = model(**batch, labels=labels).loss
+    finally:
+        model.training = False
+    loss.backward()
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return loss.detach().view(1), torch.cat([flat, flat.norm().view(1)])
+
+
 def find_stock(model_type, class_name):
     """(class, configuration, stock models); raises NotAsked."""
     cls, reason = getattr(transformers, class_name, None), f"transformers has no {class_name}"
@@ -220,7 +240,7 @@ def calls_of(model, class_name):
     """{what: (call(model), which positions count)}"""
     if class_name not in modeling_auto.MODEL_MAPPING_NAMES.values():
         calls = {f"generation, {c} cache": ((lambda m, c=c: generate(m, c)), None) for c in ("dynamic", "static")}
-        return calls | {"gradient": (gradient, None)}
+        return calls | {"gradient": (gradient, None), "training step": (training_step, None)}
     examples = {f"padding {side}": example(model, side) for side in SIDES}
     return {what: ((lambda m, b=batch: forward(m, b)), kept) for what, (batch, kept) in examples.items()}
 
@@ -254,6 +274,7 @@ def answer(pipe, model_type, class_name):
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     tx.huggingface.register()
+    linear_cross_entropy._LEAST_LOGITS, linear_cross_entropy._CLASSES = 0, 32  # small models take it too
     try:
         check(model_type, class_name)
         pipe.send(("same", ""))
@@ -290,6 +311,7 @@ def main():
         modeling_auto.MODEL_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     ):
         jobs += [(t, c) for t, c in names.items() if isinstance(c, str) and (not chosen or t in chosen)]
     CONTEXT.set_forkserver_preload(["__main__", "transformers.modeling_utils", "transformers.generation.utils"])

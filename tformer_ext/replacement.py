@@ -31,6 +31,7 @@ _OF_TORCH = {
 if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
     _OF_TORCH[nn.LinearCrossEntropyLoss] = (ours.LinearCrossEntropyLoss, {})
 _UNDO = "_tformer_ext_undo"
+_LOGITS = "logits in training", "a loss without logits"
 _LOSS = "_loss_function"  # of a model, if it is not the one that transformers has for its class
 
 # class of torch, by name so that nothing is imported for it -> (what such a model is, what to do instead)
@@ -85,6 +86,7 @@ class _Undo:
     changed: dict = field(default_factory=dict)
     attention: list = field(default_factory=list)
     loss: tuple | None = None
+    drops_logits: bool = False
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -94,7 +96,7 @@ class _Undo:
             register()
 
 
-def replace_modules(model, filter_fn=None):
+def replace_modules(model, filter_fn=None, keep_logits=True):
     """Puts the fused modules in the place of all modules of a model that have one. Returns a Report.
 
     Covered are torch.nn's MultiheadAttention, Transformer and its parts, Linear, Dropout, LayerNorm, RMSNorm,
@@ -110,15 +112,22 @@ def replace_modules(model, filter_fn=None):
         model: a torch.nn.Module, before torch.compile, DistributedDataParallel, FSDP and the like.
         filter_fn: filter_fn(module, qualified name) -> bool says whether a module that could be replaced is; for the
             attention of a transformers model it is asked about the model.
+        keep_logits: False lets transformers' models that are in training and given labels take their loss without the
+            logits (tformer_ext.huggingface.logits): these are None in what forward returns, unless the model itself
+            reads them. All other calls are as before.
 
     Raises:
-        TypeError: filter_fn is no function, or model is not a module or has been compiled, wrapped, scripted or traced;
-            nothing was changed then.
+        TypeError: filter_fn is no function, keep_logits no bool, or model is not a module or has been compiled,
+            wrapped, scripted or traced; nothing was changed then.
     """
     _check(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function of (module, name) or None, got {type(filter_fn).__name__}")
+    if not isinstance(keep_logits, bool):
+        raise TypeError(f"keep_logits: expected a bool, got {type(keep_logits).__name__}")
     rows = _switch_attention(model, filter_fn) + _switch_losses(model, filter_fn)
+    if not keep_logits:
+        rows += _drop_logits(model, filter_fn)
     for name, module in model.named_modules():
         row = _replace(module, name, filter_fn)
         if row is not None:
@@ -148,6 +157,11 @@ def restore_modules(model):
         if undo.loss is not None and module.__dict__.get(_LOSS) is undo.loss[1]:  # else it has got another one since
             rows.append(_loss_row(name, *reversed(undo.loss)))
             delattr(module, _LOSS)
+        if undo.drops_logits:
+            from .huggingface.logits import remove
+
+            remove(module)
+            rows.append(Replacement(name, *reversed(_LOGITS)))
         module.__class__ = undo.stock
         for attribute in (*undo.added, _UNDO):
             delattr(module, attribute)
@@ -305,6 +319,31 @@ def _switch_losses(model, filter_fn):
         setattr(module, _LOSS, found[1])
         rows.append(_loss_row(name, *found))
     return rows
+
+
+def _drop_logits(model, filter_fn):
+    """Hooks on transformers' models, outer and inner, whose loss is that of a linear layer's results."""
+    found = []
+    if "transformers" in sys.modules:
+        from transformers import PreTrainedModel
+
+        from .huggingface.logits import install, is_installed, output_layer
+
+        models = ((name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel))
+        found = [(name, m) for name, m in models if output_layer(m) is not None]
+    rows = []
+    for name, module in found:
+        if is_installed(module):
+            rows.append(Replacement(name, _LOGITS[0], why="replaced already"))
+        elif filter_fn is not None and not filter_fn(module, name):
+            rows.append(Replacement(name, _LOGITS[0], why="filter_fn"))
+        else:
+            _undo_of(module).drops_logits = True
+            install(module)
+            rows.append(Replacement(name, *_LOGITS))
+    return rows or [
+        Replacement("", _LOGITS[0], why="none of transformers' models with labels and a linear output layer")
+    ]
 
 
 def _loss_row(name, before, after):

@@ -9,6 +9,7 @@ import inspect
 import torch
 
 from ..ops.cross_entropy import plain_cross_entropy
+from .logits import DeferredLogits
 
 
 def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
@@ -39,12 +40,15 @@ def _loss(logits, targets, vocab_size, num_items_in_batch, ignore_index):
     if logits.device != targets.device or not logits.is_contiguous():
         return None
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = plain_cross_entropy(logits.view(-1, vocab_size), targets.reshape(-1), ignore_index, reduction)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    rows, targets = logits.view(-1, vocab_size), targets.reshape(-1)
+    if isinstance(rows, DeferredLogits):
+        return rows.loss(targets, ignore_index, reduction, divisor=num_items_in_batch)
+    loss = plain_cross_entropy(rows, targets, ignore_index, reduction)
     if loss is None:
         return None
     loss = loss.float()  # transformers narrows float64 logits
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
