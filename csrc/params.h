@@ -167,7 +167,8 @@ struct CrossEntropyParams {
 
   // Backward only; loss is then unused.
   const void* grad_loss;  // (M) likewise
-  void* grad_x;           // (M, N), contiguous
+  void* grad_x;           // (M, N)
+  int64_t grad_x_stride;  // elements from row to row
   bool around_cache;      // grad_x would not stay in the caches: write it past these
 };
 

@@ -82,7 +82,7 @@ STABLE_TORCH_LIBRARY(TFORMER_NAMESPACE, m) {
   m.def(
       "_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor highest, Tensor sum, "
       "int ignore_index, float label_smoothing) -> Tensor");
-  // Likewise, in the place of input, which is contiguous.
+  // Likewise, in the place of input.
   m.def(
       "_cross_entropy_backward_(Tensor grad_loss, Tensor(a!) input, Tensor target, Tensor highest, Tensor sum, "
       "int ignore_index, float label_smoothing) -> ()");

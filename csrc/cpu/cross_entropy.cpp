@@ -52,9 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor ta
   return {loss, highest, sum};
 }
 
-// The gradient of input into grad_x, contiguous rows or input's own memory.
-void write_gradient(CrossEntropyParams& p, void* grad_x, const Tensor& grad_loss, const Tensor& highest,
-                    const Tensor& sum) {
+// The gradient of input into p.grad_x, which may be input's own memory.
+void write_gradient(CrossEntropyParams& p, const Tensor& grad_loss, const Tensor& highest, const Tensor& sum) {
   const auto check_rows = [&](const Tensor& t, const char* name) {
     check(t.scalar_type() == accumulator_type(p.dtype) && t.is_contiguous() && t.numel() == p.M, name,
           ": expected a contiguous tensor of an element for each row, of the type of loss");
@@ -62,7 +61,6 @@ void write_gradient(CrossEntropyParams& p, void* grad_x, const Tensor& grad_loss
   check_rows(grad_loss, "grad_loss"), check_rows(highest, "highest"), check_rows(sum, "sum");
   p.grad_loss = grad_loss.const_data_ptr();
   p.highest = const_cast<void*>(highest.const_data_ptr()), p.sum = const_cast<void*>(sum.const_data_ptr());
-  p.grad_x = grad_x;
   const CpuKernels& kernels = cpu_kernels();
   for_rows(p, [&](int64_t begin, int64_t end) { kernels.cross_entropy_backward(p, begin, end); });
 }
@@ -73,15 +71,16 @@ Tensor cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Ten
   Tensor grad = empty(sizes_of(input, input.dim()), input.scalar_type(), input);
   const size_t bytes = static_cast<size_t>(p.M) * static_cast<size_t>(p.N) * element_bytes(input.scalar_type());
   p.around_cache = exceeds_caches(2 * bytes);
-  write_gradient(p, grad.mutable_data_ptr(), grad_loss, highest, sum);
+  p.grad_x = grad.mutable_data_ptr(), p.grad_x_stride = p.N;
+  write_gradient(p, grad_loss, highest, sum);
   return grad;
 }
 
 void cross_entropy_backward_in_place(Tensor grad_loss, Tensor input, Tensor target, Tensor highest, Tensor sum,
                                      int64_t ignore_index, double label_smoothing) {
-  check(input.is_contiguous(), "input: expected a contiguous tensor, which becomes its gradient");
   CrossEntropyParams p = params_of(input, target, ignore_index, label_smoothing);
-  write_gradient(p, input.mutable_data_ptr(), grad_loss, highest, sum);
+  p.grad_x = input.mutable_data_ptr(), p.grad_x_stride = p.x_stride;
+  write_gradient(p, grad_loss, highest, sum);
 }
 
 }  // namespace

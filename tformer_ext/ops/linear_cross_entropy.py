@@ -14,6 +14,7 @@ _into_gradient = torch.ops.tformer_ext._cross_entropy_backward_.default
 empty_matrix = torch.ops.tformer_ext._empty_matrix.default
 
 _LEAST_LOGITS = 1 << 20  # with fewer there is little to save, and so many operations take longer than few
+_LINE_BYTES = 64
 _ROW_BYTES = 2048  # of a column of the logits that are held: with fewer, adding up the weight's gradient would show
 _CLASSES = 1024  # of a product at a time: its operands and its result stay in the caches
 
@@ -71,7 +72,7 @@ def _run(input, weight, bias, target, grad_losses, wanted, ignore_index, label_s
     classes = [slice(n, n + _CLASSES) for n in range(0, N, _CLASSES)]
     target = target.contiguous()
 
-    losses, memory = input.new_empty(M, dtype=wide), empty_matrix(input, rows, N, input.dtype)
+    losses, memory = input.new_empty(M, dtype=wide), _rows_apart(input, rows, N)
     grad_input = empty_matrix(input, M, K, input.dtype) if wants_input else None
     grad_weight = empty_matrix(input, N, K, input.dtype) if wants_weight else None
     grad_bias = input.new_zeros(N, dtype=wide) if wants_bias else None
@@ -96,6 +97,12 @@ def _run(input, weight, bias, target, grad_losses, wanted, ignore_index, label_s
             if wants_bias:
                 grad_bias[own] += grad.sum(0, dtype=wide)
     return losses, grad_input, grad_weight, None if grad_bias is None else grad_bias.to(input.dtype)
+
+
+def _rows_apart(like, rows, columns):
+    """Rows whose starts are an odd number of cache lines apart: columns of them then lie in many sets of a cache."""
+    lines = -(-columns * like.itemsize // _LINE_BYTES) | 1
+    return empty_matrix(like, rows, lines * _LINE_BYTES // like.itemsize, like.dtype)[:, :columns]
 
 
 def _even_step(size, most):

@@ -41,7 +41,7 @@ struct CrossEntropy {
 
   void backward(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
-      T* dx = static_cast<T*>(p.grad_x) + i * p.N;
+      T* dx = static_cast<T*>(p.grad_x) + i * p.grad_x_stride;
       const int64_t target = p.target[i];
       if (target == p.ignore_index) {
         std::memset(dx, 0, static_cast<size_t>(p.N) * sizeof(T));
