@@ -7,6 +7,7 @@ import torch
 from tolerances import assert_close, assert_gradient_close, farther, finite_where_expected
 from torch import nn
 
+import tformer_ext as tx
 from tformer_ext.modules import linear as ours
 from tformer_ext.ops import products
 
@@ -85,6 +86,34 @@ def test_linear(shape, out, dtype, activation, bias, route):
     with torch.no_grad():
         x, w, *b = tensors
         assert_close(ours.linear(x, w, b[0] if b else None, activation), golden[0], yardstick[0], "without grad")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("out", [530, 2048])
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_results(out, dtype, activation, bias, route, monkeypatch):
+    """Made in parts, as those of a vocabulary are; the rows of 2048 are a page apart."""
+    parts, stock = [], products.large_parts
+    monkeypatch.setattr(products, "large_parts", lambda columns: parts.append(columns) or stock(columns))
+    monkeypatch.setattr(products, "_LARGE_BYTES", 1 << 16)
+    monkeypatch.setattr(products, "_COLUMNS", 100)
+    test_linear((3, 40, 300), out, dtype, activation, bias, route)
+    multiplied = products.onednn_dtypes() - products.widened_dtypes()
+    if dtype in multiplied:  # y, the gradients of x and weight, y without gradients
+        assert parts == [out] * (4 if out == 530 else 3)
+
+
+def test_large_results_lie_in_memory_that_is_kept():
+    if torch.float32 not in products.onednn_dtypes():
+        pytest.skip("torch's products are taken here")
+    tx.memory.release()
+    with torch.no_grad():
+        y = ours.linear(torch.randn(300, 64), torch.randn(40000, 64), None)
+    size = y.nbytes
+    del y
+    assert size > 32 << 20 and tx.memory.kept_bytes() >= size
+    tx.memory.release()
 
 
 def test_rows_need_not_be_contiguous(route):

@@ -46,7 +46,7 @@ def linear(x, weight, bias, activation="none"):
         return ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     if not needs_function(x, weight, bias):
         return products.product(x, weight, bias, activation)
-    if x.dtype != torch.float32 and x.dtype not in products.widened_dtypes():
+    if x.dtype != torch.float32 and x.dtype not in products.widened_dtypes() and not products.is_large(x, weight):
         return ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
     # as rows: the operator returns a view of anything else, and a Function's views are not to be modified in place
     relu = activation == "relu"
@@ -152,7 +152,7 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = None
         if wants_x:
-            grad_x = grad @ weight if torch.is_grad_enabled() else products.product(grad, weight.t(), None)
+            grad_x = grad @ weight if torch.is_grad_enabled() else products.input_gradient(grad, x, weight)
         if wants_weight:
             grad_weight = grad.t() @ x if torch.is_grad_enabled() else products.weight_gradient(grad, x, weight)
         return grad_x, grad_weight, grad.sum(0) if wants_bias else None, None

@@ -6,12 +6,11 @@ from torch import nn
 from ..arguments import DTYPES
 from ..reference.cross_entropy import cross_entropy as reference
 from .cross_entropy import dtype_of_loss
-from .products import add_product, write_product
+from .products import add_product, empty_matrix, write_product
 from .recording import call, is_plain_cpu_tensor, needs_function
 
 _losses = torch.ops.tformer_ext._cross_entropy_forward.default
 _into_gradient = torch.ops.tformer_ext._cross_entropy_backward_.default
-empty_matrix = torch.ops.tformer_ext._empty_matrix.default
 
 _LEAST_LOGITS = 1 << 20  # with fewer there is little to save, and so many operations take longer than few
 _LINE_BYTES = 64

@@ -13,6 +13,11 @@ from torch import nn
 
 from .. import _C
 
+empty_matrix = torch.ops.tformer_ext._empty_matrix.default
+
+_LARGE_BYTES = 32 << 20  # glibc maps larger blocks anew each time, and the system clears them
+_COLUMNS = 1008  # of a large result at a time; 1024 would be a page of float32
+_PAGE_BYTES = 4096
 _MOST_WIDENED = 1 << 22  # elements of an operand that are in float32 at a time
 _MOST_TRANSPOSED = 1 << 20  # elements of a gradient whose part of a weight's is transposed at a time
 _LEAST_TRANSPOSED = 256  # its columns at least: fewer make a slow product
@@ -26,9 +31,24 @@ def product(x, weight, bias, activation="none"):
         return ACTIVATIONS[activation](_widened_product(x, weight, bias))
     if not is_faster_than_torch(x.dtype):
         return ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
+    if is_large(x, weight):
+        return ACTIVATIONS[activation](_large_product(x, weight, bias))
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # oneDNN would multiply by its slowest code, which takes hundreds of times as long
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "none")
+
+
+def input_gradient(grad, x, weight):
+    """grad weight: (M, I), from rows of the gradient (M, O) of x weightT."""
+    if not is_large(x, weight) or _is_paged(grad):
+        return product(grad, weight.t(), None)
+    total = torch.empty_like(x, dtype=torch.float32)
+    for own in large_parts(len(weight)):
+        if own.start == 0:
+            write_product(total, grad[:, own], weight[own].t())
+        else:
+            add_product(total, grad[:, own], weight[own].t(), out=total)
+    return total.to(x.dtype)
 
 
 def weight_gradient(grad, x, weight):
@@ -38,6 +58,12 @@ def weight_gradient(grad, x, weight):
     wider than x is not copied: xT grad is made instead, in parts whose transposition stays in cache.
     """
     rows, columns = grad.shape
+    if is_large(x, weight):
+        result = empty_matrix(x, *weight.shape, x.dtype)
+        for own in large_parts(columns):
+            some = grad[:, own]
+            write_product(result[own], (some.contiguous() if _is_paged(grad) else some).t(), x.t())
+        return result
     if weight.t().is_contiguous():
         return product(x.t(), grad.t(), None).t()
     if x.dtype in widened_dtypes() or columns <= x.shape[1] or rows <= x.shape[1]:
@@ -48,6 +74,31 @@ def weight_gradient(grad, x, weight):
     for n in range(0, columns, step):
         result[n : n + step] = product(transposed, grad[:, n : n + step].contiguous().t(), None).t()
     return result
+
+
+def is_large(x, weight):
+    """Whether x weightT is so large that the C library gives its memory back when it is freed: the vocabulary's."""
+    rows = x.numel() // x.shape[-1]
+    return weight.is_contiguous() and rows * len(weight) * x.itemsize >= _LARGE_BYTES
+
+
+def _is_paged(rows):
+    """Whether the elements of a column fall into one set of a cache, where few of them stay."""
+    return rows.stride(0) * rows.itemsize % _PAGE_BYTES == 0
+
+
+def large_parts(columns):
+    """Slices of a large result's columns whose operands and results stay in the caches."""
+    return [slice(n, n + _COLUMNS) for n in range(0, columns, _COLUMNS)]
+
+
+def _large_product(x, weight, bias):
+    """In memory that is kept, a part at a time."""
+    rows = x.reshape(-1, x.shape[-1])
+    result = empty_matrix(x, len(rows), len(weight), x.dtype)
+    for own in large_parts(len(weight)):
+        write_product(result[:, own], rows, weight[own], None if bias is None else bias[own])
+    return result.view(*x.shape[:-1], -1)
 
 
 def write_product(out, x, weight, bias=None):
