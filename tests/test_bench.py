@@ -210,6 +210,18 @@ def test_contenders_of_cross_entropy_do_the_same_job(dtype, direction):
     contenders_agree(made[:2], 1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("mode", ["training", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contenders_of_linear_cross_entropy_do_the_same_job(dtype, mode):
+    problem = cross_entropy.Problem(400, 3000)
+    made = cross_entropy.make_linear_contenders(problem, dtype, mode)
+    assert [c.name for c in made] == [OURS, cross_entropy.STOCK]
+    contenders_agree(made, 1e-4 if dtype == torch.float32 else 2e-2)
+    assert (
+        problem.floor_of_products("training").fma == 3 * problem.floor_of_products("eval").fma == 6 * 400 * 768 * 3000
+    )
+
+
 @pytest.mark.parametrize("problem", models.PROBLEMS, ids=lambda p: f"{p}-{p.modes[-1]}")
 def test_contenders_of_models_do_the_same_job(problem):
     pytest.importorskip("transformers")
@@ -222,8 +234,9 @@ def test_contenders_of_models_do_the_same_job(problem):
     small = dataclasses.replace(problem, config=tiny, B=2, S=20)
     for mode in problem.modes:
         made = models.make_contenders(small, torch.float32, mode)
-        assert [c.name for c in made] == [OURS, models.STOCK, models.ATTENTION]
-        assert [c.is_peer for c in made] == [True, True, False]
+        no_logits = [models.NO_LOGITS] if mode == "training" and "LM" in problem.model else []
+        assert [c.name for c in made] == [OURS, models.STOCK, models.ATTENTION, *no_logits]
+        assert [c.name for c in made if c.is_peer] == [OURS, models.STOCK]
         if mode == "training":
             expected = made[1].call()
             for contender in made:

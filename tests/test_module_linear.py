@@ -104,6 +104,17 @@ def test_large_results(out, dtype, activation, bias, route, monkeypatch):
         assert parts == [out] * (4 if out == 530 else 3)
 
 
+def test_backward_of_large_results_within_autocast(monkeypatch):
+    choose(monkeypatch, {torch.bfloat16} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else set(), set())
+    monkeypatch.setattr(products, "_LARGE_BYTES", 1 << 16)
+    x, w = torch.randn(120, 300).bfloat16().requires_grad_(), torch.randn(530, 300).bfloat16().requires_grad_()
+    y = ours.linear(x, w, None)
+    expected = torch.autograd.grad(y, (x, w), torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cpu", torch.float16):
+        actual = torch.autograd.grad(y, (x, w), torch.ones_like(y))
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 def test_large_results_lie_in_memory_that_is_kept():
     if torch.float32 not in products.onednn_dtypes():
         pytest.skip("torch's products are taken here")

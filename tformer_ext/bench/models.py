@@ -1,4 +1,5 @@
-"""Whole models of transformers with random weights: stock, with our attention alone, and with our modules."""
+"""Whole models of transformers with random weights: stock, with our attention alone, with our modules, and in training
+with these but without logits."""
 
 import copy
 import importlib.util
@@ -14,6 +15,7 @@ from .job import DTYPES, OURS, Job
 
 STOCK = "transformers, sdpa"
 ATTENTION = "our attention alone"
+NO_LOGITS = "ours, no logits"
 NEW_TOKENS = 32
 
 
@@ -100,6 +102,10 @@ def make_contenders(p: Problem, dtype: torch.dtype, mode: str) -> list[Contender
         Contender(STOCK, run(stock, batch)),
         Contender(ATTENTION, run(attention, batch), is_peer=False),
     ]
+    if "labels" in batch:
+        without = copy.deepcopy(ours)
+        replace_modules(without, keep_logits=False)
+        made.append(Contender(NO_LOGITS, run(without, batch), is_peer=False))
     for contender in made:  # a call too long to be warmed up is timed once, and a model's first one plans and allocates
         contender.call()
     return made

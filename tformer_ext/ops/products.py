@@ -1,4 +1,5 @@
-"""Matrix products on the CPU, by whatever is fastest there; not recorded by autograd.
+"""Matrix products on the CPU, by whatever is fastest there; not recorded by autograd. Backward may call them within
+autocast, which is not to change their dtypes.
 
 torch multiplies float32 with MKL, which stays well below oneDNN's speed on CPUs other than Intel's. Where a CPU does
 not multiply a 16-bit dtype, torch's products of it took 3 to 5 times as long as float32 ones (on a Cascade Lake): there
@@ -43,11 +44,12 @@ def input_gradient(grad, x, weight):
     if not is_large(x, weight) or _is_paged(grad):
         return product(grad, weight.t(), None)
     total = torch.empty_like(x, dtype=torch.float32)
-    for own in large_parts(len(weight)):
-        if own.start == 0:
-            write_product(total, grad[:, own], weight[own].t())
-        else:
-            add_product(total, grad[:, own], weight[own].t(), out=total)
+    with torch.autocast("cpu", enabled=False):
+        for own in large_parts(len(weight)):
+            if own.start == 0:
+                write_product(total, grad[:, own], weight[own].t())
+            else:
+                add_product(total, grad[:, own], weight[own].t(), out=total)
     return total.to(x.dtype)
 
 
@@ -60,9 +62,10 @@ def weight_gradient(grad, x, weight):
     rows, columns = grad.shape
     if is_large(x, weight):
         result = empty_matrix(x, *weight.shape, x.dtype)
-        for own in large_parts(columns):
-            some = grad[:, own]
-            write_product(result[own], (some.contiguous() if _is_paged(grad) else some).t(), x.t())
+        with torch.autocast("cpu", enabled=False):
+            for own in large_parts(columns):
+                some = grad[:, own]
+                write_product(result[own], (some.contiguous() if _is_paged(grad) else some).t(), x.t())
         return result
     if weight.t().is_contiguous():
         return product(x.t(), grad.t(), None).t()
