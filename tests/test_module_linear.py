@@ -1,5 +1,6 @@
 """The modules' linear layers against torch's, where oneDNN and kernels of ours take over and where not."""
 
+import contextlib
 import time
 
 import pytest
@@ -102,6 +103,25 @@ def test_large_results(out, dtype, activation, bias, route, monkeypatch):
     multiplied = products.onednn_dtypes() - products.widened_dtypes()
     if dtype in multiplied:  # y, the gradients of x and weight, y without gradients
         assert parts == [out] * (4 if out == 530 else 3)
+
+
+def test_large_results_under_autocast(monkeypatch):
+    """They are not torch's, and are those of operands that were cast before."""
+    choose(monkeypatch, {torch.bfloat16} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else set(), set())
+    monkeypatch.setattr(products, "_LARGE_BYTES", 1 << 16)
+    tensors = torch.randn(120, 300), torch.randn(530, 300), torch.randn(530)
+
+    def run(cast, context):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with context:
+            y = ours.linear(*(cast(t) for t in leaves))
+        return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    actual = run(lambda t: t, torch.autocast("cpu", torch.bfloat16))
+    expected = run(torch.Tensor.bfloat16, contextlib.nullcontext())
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    if products.onednn_dtypes():
+        assert actual[0].grad_fn.name() == expected[0].grad_fn.name() == "ViewBackward0"
 
 
 def test_backward_of_large_results_within_autocast(monkeypatch):
@@ -213,11 +233,11 @@ def test_autocast_to_what_is_widened(activation, rows, monkeypatch):
     for a, g, y in zip(actual, golden, yardstick, strict=True):  # ReLU: see test_linear
         assert (a.double() - g).norm() <= 2 * (y.double() - g).norm() + 1e-3 * g.norm()
     with torch.autocast("cpu", torch.bfloat16):
-        assert ours._is_autocast_to_widened(*tensors) == (rows == 64)  # torch keeps a weight's cast for the next row
-        assert not ours._is_autocast_to_widened(tensors[0].double(), *tensors[1:])
+        assert ours._casts_for_autocast(*tensors) == (rows == 64)  # torch keeps a weight's cast for the next row
+        assert not ours._casts_for_autocast(tensors[0].double(), *tensors[1:])
     with torch.autocast("cpu", torch.float16):
-        assert not ours._is_autocast_to_widened(*tensors)
-    assert not ours._is_autocast_to_widened(*tensors)
+        assert not ours._casts_for_autocast(*tensors)
+    assert not ours._casts_for_autocast(*tensors)
 
 
 def lying_along(dim, weight):

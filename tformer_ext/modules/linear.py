@@ -4,7 +4,7 @@ Linear: products are those of ops/products.py where these are faster, with bias 
 bias first and adds the product to it. A few rows, which is what a model that generates multiplies, go to a kernel that
 reads the weights as fast as memory gives them.
 Everything that is no plain tensor on a CPU (subclasses, tracing, transforms, derivatives in forward mode, dispatch
-modes) goes to torch, as does autocast to a dtype that the CPU multiplies.
+modes) goes to torch, as does autocast to a dtype that the CPU multiplies unless the result is large.
 """
 
 import torch
@@ -36,7 +36,7 @@ def linear(x, weight, bias, activation="none"):
         or not is_plain_cpu_tensor(x)
     ):
         return ACTIVATIONS[activation](nn.functional.linear(x, weight, bias))
-    if _is_autocast_to_widened(x, weight, bias):
+    if _casts_for_autocast(x, weight, bias):
         dtype = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
             return linear(*(None if t is None else t.to(dtype) for t in (x, weight, bias)), activation)
@@ -80,15 +80,18 @@ def call_linear(module, x):
     return linear(x, module.weight, module.bias) if is_plain_linear(module) else module(x)
 
 
-def _is_autocast_to_widened(x, weight, bias):
-    """Whether autocast would have torch multiply in a dtype that is faster widened. Otherwise the casts are autocast's
-    own, which keeps those of weights."""
-    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") not in products.widened_dtypes():
+def _casts_for_autocast(x, weight, bias):
+    """Whether autocast is to a dtype that is faster widened, or of a result so large that it is not torch's. Otherwise
+    the casts are autocast's own, which keeps those of weights."""
+    if not torch.is_autocast_enabled("cpu"):
         return False
+    dtype = torch.get_autocast_dtype("cpu")
+    if dtype in products.widened_dtypes():
+        pays = _pays_widening(x, weight)
+    else:
+        pays = products.is_faster_than_torch(dtype) and products.is_large(x, weight)
     operands = [t for t in (x, weight, bias) if t is not None]
-    return _pays_widening(x, weight) and all(
-        is_plain_cpu_tensor(t) and t.dtype in DTYPES and t.dtype != torch.float64 for t in operands
-    )
+    return pays and all(is_plain_cpu_tensor(t) and t.dtype in DTYPES and t.dtype != torch.float64 for t in operands)
 
 
 def _pays_widening(x, weight):
