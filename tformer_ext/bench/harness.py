@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import memory
 from .weather import ENOUGH, STILL, Probe, Weather
 
 # A shorter batch would measure the clock; calls are repeated until one is this long.
@@ -215,13 +216,18 @@ def _no_garbage_collection():
 def extra_bytes(contender: Contender) -> int:
     """The most bytes that torch's allocator held during one call beyond those of the call's results.
 
-    What does not go through that allocator is not seen, above all the working memory that our threads keep.
+    Ours come from it meanwhile too, since no memory of freed ones is kept. What does not go through it is not seen,
+    above all the working memory of our threads.
     """
     if contender.prepare is not None:
         contender.prepare()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-        results = contender.call()
+    limit = memory.set_limit(0)
+    try:
+        with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+            results = contender.call()
+    finally:
+        memory.set_limit(limit)
     events = profiler.profiler.kineto_results.events()
     held = most = 0
     for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
