@@ -119,6 +119,19 @@ def test_all_other_calls_have_logits():
     assert "forward" not in vars(model.lm_head)
 
 
+def test_of_few_logits(monkeypatch):
+    """Their loss is torch's, of computed ones; they are gone all the same."""
+    monkeypatch.setattr(ops, "_LEAST_LOGITS", 1 << 40)
+    for name in ("Llama", "Bert"):
+        model, batch = model_of(name), batch_of(name)
+        tx.replace_modules(model)
+        expected = train(model, batch)
+        tx.replace_modules(model, keep_logits=False)
+        output, actual, operators = train(model, batch)
+        assert output.logits is None and "tformer_ext::_cross_entropy_backward_" not in operators
+        torch.testing.assert_close(actual, expected[1], rtol=1e-4, atol=1e-5)
+
+
 def test_logits_that_the_model_reads_are_there():
     """Gemma 2 bends them; a layer with a hook is called as it stands."""
     kind, options = DECODERS["Gemma2"]
@@ -265,7 +278,7 @@ def test_losses_of_deferred_logits(dtype, monkeypatch):
             for t in (deferred, logits):
                 rows = (t.float() if widen else t).view(-1, 60)
                 losses.append(torch.nn.CrossEntropyLoss(**options).to(rows.dtype)(rows, target))
-            assert deferred.are_computed == ("weight" in options)
+            assert ("logits" in vars(layer)) == ("weight" in options) and not layer.are_read
             assert losses[0].dtype == losses[1].dtype
             torch.testing.assert_close(*losses)
             gradients = [torch.autograd.grad(loss.sum(), leaves, retain_graph=True) for loss in losses]
@@ -279,7 +292,7 @@ def test_logits_that_were_read_first_are_those_of_the_loss():
     rows = deferred.view(-1, 60)
     most = rows.argmax(-1)
     loss = torch.nn.functional.cross_entropy(rows, most)
-    assert deferred.are_computed
+    assert layer.are_read
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.view(-1, 60), most))
 
 

@@ -1,7 +1,7 @@
 """Training steps of transformers' models that take their loss without logits (replace_modules with keep_logits=False).
 
 While such a model's forward runs, its output layer returns DeferredLogits. A loss takes them as they are; whatever else
-reads them gets the logits, which are computed then. What forward returns in their place is None.
+reads them gets the logits, which are computed then. When forward returns, those that only a loss has read are None.
 """
 
 import functools
@@ -16,10 +16,10 @@ from ..ops.linear_cross_entropy import plain_linear_cross_entropy
 
 
 class _Layer:
-    """A linear layer's operands, and its results once somebody has asked for them."""
+    """A linear layer's operands, and its results once somebody has asked for them. are_read: by more than a loss."""
 
     def __init__(self, x, weight, bias):
-        self.x, self.weight, self.bias = x, weight, bias
+        self.x, self.weight, self.bias, self.are_read = x, weight, bias, False
 
     @functools.cached_property
     def logits(self):
@@ -36,18 +36,15 @@ class DeferredLogits(torch.Tensor):
     def __init__(self, layer, shape, dtype):
         self.layer = layer
 
-    @property
-    def are_computed(self):
-        return "logits" in vars(self.layer)
-
-    def compute(self):
+    def compute(self, is_read=True):
         """A plain tensor."""
+        self.layer.are_read |= is_read
         return self.layer.logits.to(self.dtype).view(self.shape)
 
     def loss(self, target, ignore_index, reduction, label_smoothing=0.0, divisor=None):
         """As `plain_linear_cross_entropy`, of logits (M, V); None where it is to be taken of computed ones."""
         layer = self.layer
-        if self.are_computed:
+        if "logits" in vars(layer):
             return None
         rows = layer.x.reshape(-1, layer.x.shape[-1])
         operands = rows, layer.weight, layer.bias, target, ignore_index, reduction, label_smoothing, divisor
@@ -59,7 +56,7 @@ class DeferredLogits(torch.Tensor):
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _TAKEN and args and isinstance(args[0], cls):
+        if func in _TAKEN and isinstance(args[0], cls):
             result = _TAKEN[func](*args, **kwargs)
             if result is not None:
                 return result
@@ -109,10 +106,12 @@ def _cross_entropy(
     reduction="mean",
     label_smoothing=0.0,
 ):
-    if logits.dim() != 2 or not weight is size_average is reduce is None:
-        return None
-    loss = logits.loss(target, ignore_index, reduction, label_smoothing)
-    return loss if loss is None or torch.is_autocast_enabled("cpu") else loss.to(logits.dtype)
+    if logits.dim() == 2 and weight is size_average is reduce is None:
+        loss = logits.loss(target, ignore_index, reduction, label_smoothing)
+        if loss is not None:
+            return loss if torch.is_autocast_enabled("cpu") else loss.to(logits.dtype)
+    operands = target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    return torch.nn.functional.cross_entropy(logits.compute(is_read=False), *operands)
 
 
 # what asks for no numbers
@@ -193,7 +192,7 @@ def _defer(layer, model, x):
 def _seen(value):
     if not isinstance(value, DeferredLogits):
         return value
-    return value.compute() if value.are_computed else None
+    return value.compute() if value.layer.are_read else None
 
 
 def _labels_of(kind, args, kwargs):
