@@ -245,6 +245,8 @@ def test_deferred_logits_are_those_of_the_layer(dtype):
         "soft": lambda t: torch.tanh(t / 3) * 3,
         "mean": lambda t: t.float().softmax(-1).mean(),
         "both": lambda t: torch.cat([t, t]),
+        "named": lambda t: t.view(size=(18, 60)),
+        "format": lambda t: t.float(memory_format=torch.contiguous_format),
         "item": lambda t: (t.argmax(-1) == 3).sum().item(),
     }
     (made if dtype == torch.float64 else kept)["float"] = lambda t: t.float()

@@ -299,6 +299,7 @@ def test_what_is_no_plain_call_goes_to_torch():
         (F.linear_cross_entropy(x, weight, target, weight=classes), composed(x, weight, target, weight=classes)),
         (F.linear_cross_entropy(x[:3], weight[:50], target[:3] % 50), composed(x[:3], weight[:50], target[:3] % 50)),
         (F.linear_cross_entropy(x[0], weight, target[0]), composed(x[0], weight, target[0])),
+        (F.linear_cross_entropy(x[:, :0], weight[:, :0], target), composed(x[:, :0], weight[:, :0], target)),
         (torch.func.grad(loss)(x, weight), torch.func.grad(lambda x, w: composed(x, w, target))(x, weight)),
         (torch.compile(loss, backend="aot_eager", fullgraph=True)(x, weight), composed(x, weight, target)),
         (torch.func.jvp(loss, (x, weight), (x, weight))[1],

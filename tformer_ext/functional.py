@@ -410,8 +410,9 @@ def linear_cross_entropy(
             probabilities as target, few logits, other devices, and what torch.compile or torch.func traces.
 
     Returns:
-        A scalar, or (M,) for "none", of input's dtype; float32 under autocast. Sums are float32 or wider inside: each
-        gradient is rounded to its dtype once.
+        A scalar, or (M,) for "none", of input's dtype; float32 under autocast. Losses and sums are float32 or wider
+        inside; products of 16-bit operands are rounded to 16 bits before they are added, 1024 classes and 1024 rows
+        each.
 
     Derivatives: first, any number of times if the graph is retained, and second, the latter through all logits.
 

@@ -68,10 +68,10 @@ class DeferredLogits(torch.Tensor):
         raise NotImplementedError(f"{func}: logits that are deferred have no memory; call it through torch's functions")
 
 
-def _viewed(logits, *shape):
+def _viewed(logits, *shape, **options):
     """Rows in another shape, of which V is still the last; None for any other."""
     shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    if not all(isinstance(size, int) for size in shape) or shape[-1:] != logits.shape[-1:]:
+    if options or not all(isinstance(size, int) for size in shape) or shape[-1:] != logits.shape[-1:]:
         return None
     try:
         rows = torch.empty(logits.shape[:-1], device="meta").view(shape[:-1]).shape
@@ -80,10 +80,14 @@ def _viewed(logits, *shape):
     return DeferredLogits(logits.layer, (*rows, shape[-1]), logits.dtype)
 
 
-def _widened(logits):
+def _widened(logits, **options):
     """In float32, in which losses are taken anyway; None where that would be narrower."""
-    narrow = logits.dtype == torch.float64
-    return None if narrow else DeferredLogits(logits.layer, logits.shape, torch.float32)
+    is_other = options or logits.dtype == torch.float64
+    return None if is_other else DeferredLogits(logits.layer, logits.shape, torch.float32)
+
+
+def _same(logits, **options):
+    return None if options else logits
 
 
 def _with_bias(logits, other, **options):
@@ -124,7 +128,7 @@ _ABOUT = {
 _TAKEN = {
     torch.Tensor.view: _viewed,
     torch.Tensor.reshape: _viewed,
-    torch.Tensor.contiguous: lambda logits: logits,
+    torch.Tensor.contiguous: _same,
     torch.Tensor.float: _widened,
     torch.Tensor.add: _with_bias,
     torch.Tensor.__add__: _with_bias,
@@ -182,8 +186,9 @@ def after_forward(model, args, output):
     return None if output is None else type(output)(**{name: _seen(value) for name, value in output.items()})
 
 
-def _defer(layer, model, x):
-    x, weight, bias = _autocast(x, layer.weight, layer.bias)
+def _defer(layer, model, input):
+    """layer.forward meanwhile."""
+    x, weight, bias = _autocast(input, layer.weight, layer.bias)
     if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         return linear(x, weight, bias)
     return DeferredLogits(_Layer(x, weight, bias), (*x.shape[:-1], len(weight)), x.dtype)

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the loss of a linear layer's outputs, of which some rows exist at a time. On the CPU alone."""
+"""linear_cross_entropy: the loss of a linear layer's results, of which some rows exist at a time. On the CPU alone."""
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def _is_taken(input, weight, bias, target):
         all(is_plain_cpu_tensor(t) for t in (input, weight, target))
         and (bias is None or (is_plain_cpu_tensor(bias) and bias.shape == weight.shape[:1]))
         and input.dim() == weight.dim() == 2
-        and input.shape[1] == weight.shape[1]
+        and input.shape[1] == weight.shape[1] > 0
         and len(weight) >= _CLASSES // 2
         and len(input) * len(weight) >= _LEAST_LOGITS
         and input.dtype in DTYPES
@@ -63,7 +63,7 @@ def _run(input, weight, bias, target, grad_losses, wanted, ignore_index, label_s
     """(losses (M), gradients of input, weight and bias): those that are wanted and only for grad_losses, else None.
 
     Logits of some rows are made, their losses are taken, they become their own gradient, and that is multiplied; then
-    their memory is that of the next. Sums of such parts are of the dtype of losses until they are complete.
+    their memory is that of the next. What such parts add up to is of the dtype of losses until it is complete.
     """
     (M, K), N, wide = input.shape, len(weight), dtype_of_loss(input)
     wants_input, wants_weight, wants_bias = wanted if grad_losses is not None else (False,) * 3
