@@ -158,6 +158,15 @@ def test_a_failed_step_leaves_nothing_behind():
     assert model(**batch).logits is None
 
 
+def test_operands_that_do_not_fit_are_told_by_the_layer():
+    model, batch = model_of("Llama"), batch_of("Llama")
+    tx.replace_modules(model, keep_logits=False)
+    model.lm_head.double()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        train(model, batch)
+    assert "forward" not in vars(model.lm_head)
+
+
 def test_an_inner_model_leaves_its_logits_to_the_outer():
     class Outer(transformers.LlamaPreTrainedModel):
         def __init__(self, inner):

@@ -145,6 +145,8 @@ def test_large_results_lie_in_memory_that_is_kept():
     del y
     assert size > 32 << 20 and tx.memory.kept_bytes() >= size
     tx.memory.release()
+    with pytest.raises(RuntimeError, match="rows, columns: expected 0 or more"):
+        products.empty_matrix(torch.ones(1), 3, -1, torch.float32)
 
 
 def test_rows_need_not_be_contiguous(route):
