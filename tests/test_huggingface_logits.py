@@ -15,6 +15,7 @@ import tformer_ext as tx  # noqa: E402
 from tformer_ext.huggingface.logits import DeferredLogits, is_installed  # noqa: E402
 from tformer_ext.modules.linear import linear  # noqa: E402
 from tformer_ext.ops import linear_cross_entropy as ops  # noqa: E402
+from tformer_ext.ops import products  # noqa: E402
 
 CLASSES = 3000
 MODELS = {
@@ -277,7 +278,8 @@ def test_deferred_logits_are_those_of_the_layer(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_losses_of_deferred_logits(dtype, monkeypatch):
-    monkeypatch.setattr(ops, "_CLASSES", 32)
+    monkeypatch.setattr(ops, "_LEAST_CLASSES", 0)
+    monkeypatch.setattr(products, "_COLUMNS", 32)
     layer, logits = layer_of(dtype)
     target = torch.randint(0, 60, (18,))
     leaves, classes = (layer.x, layer.weight, layer.bias), torch.rand(60)

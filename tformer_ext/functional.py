@@ -411,7 +411,7 @@ def linear_cross_entropy(
 
     Returns:
         A scalar, or (M,) for "none", of input's dtype; float32 under autocast. Losses and sums are float32 or wider
-        inside; products of 16-bit operands are rounded to 16 bits before they are added, 1024 classes and 1024 rows
+        inside; products of 16-bit operands are rounded to 16 bits before they are added, 1008 classes and 1024 rows
         each.
 
     Derivatives: first, any number of times if the graph is retained, and second, the latter through all logits.

@@ -6,16 +6,16 @@ from torch import nn
 from ..arguments import DTYPES
 from ..reference.cross_entropy import cross_entropy as reference
 from .cross_entropy import dtype_of_loss
-from .products import add_product, empty_matrix, write_product
+from .products import add_part, empty_matrix, large_parts, write_product
 from .recording import call, is_plain_cpu_tensor, needs_function
 
 _losses = torch.ops.tformer_ext._cross_entropy_forward.default
 _into_gradient = torch.ops.tformer_ext._cross_entropy_backward_.default
 
+_LEAST_CLASSES = 512
 _LEAST_LOGITS = 1 << 20  # with fewer there is little to save, and so many operations take longer than few
 _LINE_BYTES = 64
 _ROW_BYTES = 2048  # of a column of the logits that are held: with fewer, adding up the weight's gradient would show
-_CLASSES = 1024  # of a product at a time: its operands and its result stay in the caches
 
 
 def plain_linear_cross_entropy(input, weight, bias, target, ignore_index, reduction, label_smoothing=0.0, divisor=None):
@@ -50,7 +50,7 @@ def _is_taken(input, weight, bias, target):
         and (bias is None or (is_plain_cpu_tensor(bias) and bias.shape == weight.shape[:1]))
         and input.dim() == weight.dim() == 2
         and input.shape[1] == weight.shape[1] > 0
-        and len(weight) >= _CLASSES // 2
+        and len(weight) >= _LEAST_CLASSES
         and len(input) * len(weight) >= _LEAST_LOGITS
         and input.dtype in DTYPES
         and all(t is None or t.dtype == input.dtype for t in (weight, bias))
@@ -68,7 +68,7 @@ def _run(input, weight, bias, target, grad_losses, wanted, ignore_index, label_s
     (M, K), N, wide = input.shape, len(weight), dtype_of_loss(input)
     wants_input, wants_weight, wants_bias = wanted if grad_losses is not None else (False,) * 3
     rows = _even_step(M, _ROW_BYTES // input.itemsize)
-    classes = [slice(n, n + _CLASSES) for n in range(0, N, _CLASSES)]
+    classes = large_parts(N)
     target = target.contiguous()
 
     losses, memory = input.new_empty(M, dtype=wide), _rows_apart(input, rows, N)
@@ -90,9 +90,9 @@ def _run(input, weight, bias, target, grad_losses, wanted, ignore_index, label_s
         for own in classes:
             grad, first, last = logits[:, own], own is classes[0], own is classes[-1]
             if wants_input:
-                _add_part(of_x[: len(x)], grad_input[some], first, last, grad, weight[own].t())
+                add_part(of_x[: len(x)], grad_input[some], first, last, grad, weight[own].t())
             if wants_weight:
-                _add_part(of_weight[own], grad_weight[own], m == 0, m + rows >= M, grad.t(), x.t())
+                add_part(of_weight[own], grad_weight[own], m == 0, m + rows >= M, grad.t(), x.t())
             if wants_bias:
                 grad_bias[own] += grad.sum(0, dtype=wide)
     return losses, grad_input, grad_weight, None if grad_bias is None else grad_bias.to(input.dtype)
@@ -107,14 +107,6 @@ def _rows_apart(like, rows, columns):
 def _even_step(size, most):
     """The step, at most `most`, that cuts size into the fewest parts, of about the same size."""
     return -(-size // -(-size // most))
-
-
-def _add_part(total, result, is_first, is_last, x, weight):
-    """One of the parts x weightT of a sum, which is kept in total until it is complete and then is in result."""
-    if is_first:
-        write_product(result if is_last else total, x, weight)
-    else:
-        add_product(total, x, weight, out=result if is_last else total)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

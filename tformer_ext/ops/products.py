@@ -43,14 +43,12 @@ def input_gradient(grad, x, weight):
     """grad weight: (M, I), from rows of the gradient (M, O) of x weightT."""
     if not is_large(x, weight) or _is_paged(grad):
         return product(grad, weight.t(), None)
-    total = torch.empty_like(x, dtype=torch.float32)
+    result, total = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
+    parts = large_parts(len(weight))
     with torch.autocast("cpu", enabled=False):
-        for own in large_parts(len(weight)):
-            if own.start == 0:
-                write_product(total, grad[:, own], weight[own].t())
-            else:
-                add_product(total, grad[:, own], weight[own].t(), out=total)
-    return total.to(x.dtype)
+        for own in parts:
+            add_part(total, result, own is parts[0], own is parts[-1], grad[:, own], weight[own].t())
+    return result
 
 
 def weight_gradient(grad, x, weight):
@@ -114,9 +112,12 @@ def write_product(out, x, weight, bias=None):
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def add_product(total, x, weight, out):
-    """out = total + x weightT, total of the dtype of x and weight or a wider one; out may be total."""
-    if _writes_given_memory(x.dtype) and total.dtype == x.dtype:
+def add_part(total, result, is_first, is_last, x, weight):
+    """One of the parts x weightT of a sum, which is kept in total until it is complete and then is in result."""
+    out = result if is_last else total
+    if is_first:
+        write_product(out, x, weight)
+    elif _writes_given_memory(x.dtype) and total.dtype == x.dtype:
         torch.addmm(total, x, weight.t(), out=out)
     else:
         torch.add(total, _fastest_product(x, weight, None), out=out)
